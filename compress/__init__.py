@@ -1,0 +1,76 @@
+"""autoglm-compress: a checkpoint folder goes in, a smaller one comes out, and a receipt says why it can be trusted.
+
+The public functions are imported when they are first used, so that `import compress` costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.api import distill, evaluate, inspect, plan, prune, quantize, run
+    from compress.receipt import load_receipt
+    from compress.recipe import Recipe
+    from compress.sensitivity import Sensitivity, load_sensitivity
+
+    __version__: str
+
+_PUBLIC = {
+    "inspect": "compress.api",
+    "plan": "compress.api",
+    "run": "compress.api",
+    "prune": "compress.api",
+    "distill": "compress.api",
+    "quantize": "compress.api",
+    "evaluate": "compress.api",
+    "load_receipt": "compress.receipt",
+    "load_sensitivity": "compress.sensitivity",
+    "Recipe": "compress.recipe",
+    "Sensitivity": "compress.sensitivity",
+}
+
+__all__ = [
+    "Recipe",
+    "Sensitivity",
+    "distill",
+    "evaluate",
+    "inspect",
+    "load_receipt",
+    "load_sensitivity",
+    "plan",
+    "prune",
+    "quantize",
+    "run",
+]
+
+
+class _Package(ModuleType):
+    """Importing the module compress.run (.plan, .inspect) would put the module in the place of the public function of
+    that name; here the function wins. The modules are reached by `from compress.run import ...`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("autoglm-compress")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "0+source"
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'compress' has no attribute '{name}'")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

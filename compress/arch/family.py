@@ -1,0 +1,170 @@
+"""The vocabulary of the family descriptions: Sizes, Cut, Group, Family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.checkpoint.headers import Header
+from compress.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The decoder's sizes, with the defaults that stock transformers fills in."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Unit u of a group owns [offset + u*width, offset + (u+1)*width) of `axis` of `tensor` (a name in the layer).
+
+    A fused tensor is several cuts of one tensor: gate rows at 0, up rows at n.
+    """
+
+    tensor: str
+    axis: int
+    offset: int = 0
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can go: FFN neurons or query heads. `reader` is the Linear whose inputs the units are (the one that
+    is refitted), `cuts` all places the units own, the reader's columns among them. Units of one balance block
+    (`balance` of them in a row: the query heads of one KV head) lose equally many."""
+
+    name: str
+    units: int
+    reader: str
+    width: int
+    cuts: tuple[Cut, ...]
+    config_key: str
+    balance: int
+
+    def parameters_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Matrix parameters that one unit owns; biases do not count."""
+        total = 0
+        for cut in self.cuts:
+            shape = shapes[cut.tensor]
+            if len(shape) == 2:
+                total += cut.width * shape[1 - cut.axis]
+        return total
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    text: module path of the decoder (with embed_tokens, layers, norm, rotary_emb) in the stock model; names on disk
+    are the same. head: name of the output matrix. rope_axes: leading axes of position ids that rotary_emb takes.
+    layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
+    groups: what can be cut. refuse: a reason why a planned shape cannot be loaded by stock transformers, or None.
+    skip: module-name prefixes that quantization leaves alone.
+    """
+
+    model_type: str
+    text: str
+    head: str
+    rope_axes: int
+    layer: Callable[[Sizes, Mapping[str, Any]], dict[str, tuple[int, ...]]]
+    groups: Callable[[Sizes, Mapping[str, Any]], tuple[Group, ...]]
+    refuse: Callable[[Sizes], str | None]
+    skip: tuple[str, ...]
+
+    def prefix(self, layer: int) -> str:
+        """Prefix of the tensors of one decoder layer, with the dot."""
+        return f"{self.text}.layers.{layer}."
+
+    def sizes(self, header: Header) -> Sizes:
+        """Read the sizes; UserError names a key that is missing or not a positive whole number."""
+        config = header.text_config
+
+        def size(key: str, default: int | None = None) -> int:
+            value = config.get(key)
+            value = default if value is None else value
+            if type(value) is not int or value <= 0:
+                raise UserError(f"config.json: {key} must be a positive whole number, found {value!r}")
+            return value
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise UserError(f"config.json: {heads} attention heads do not divide into {kv_heads} KV heads")
+        tied = header.config.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        return Sizes(
+            hidden=hidden,
+            layers=size("num_hidden_layers"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=size("head_dim", hidden // heads),
+            ffn=size("intermediate_size"),
+            vocab=size("vocab_size"),
+            tied=bool(tied),
+        )
+
+    def shapes(self, header: Header) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all tensors of the text model that the config implies."""
+        sizes, config = self.sizes(header), header.text_config
+        shapes: dict[str, tuple[int, ...]] = {f"{self.text}.embed_tokens.weight": (sizes.vocab, sizes.hidden)}
+        layer = self.layer(sizes, config)
+        for index in range(sizes.layers):
+            shapes |= {self.prefix(index) + name: shape for name, shape in layer.items()}
+        shapes[f"{self.text}.norm.weight"] = (sizes.hidden,)
+        if not sizes.tied:
+            shapes[f"{self.head}.weight"] = (sizes.vocab, sizes.hidden)
+        return shapes
+
+    def head_tensor(self, header: Header) -> str:
+        """The tensor that the output matrix is read from: the embedding when the two are tied."""
+        return f"{self.text}.embed_tokens.weight" if self.sizes(header).tied else f"{self.head}.weight"
+
+    def with_units(self, config: Mapping[str, Any], changes: Mapping[str, int]) -> dict[str, Any]:
+        """A copy of the raw config with text sizes changed (`{"intermediate_size": 1128}`)."""
+        new = dict(config)
+        if isinstance(config.get("text_config"), Mapping):
+            new["text_config"] = {**config["text_config"], **changes}
+        else:
+            new.update(changes)
+        return new
+
+
+def ffn_fused(sizes: Sizes) -> Group:
+    """FFN neurons where gate and up are one matrix [2*ffn, hidden]: gate rows first, then up rows."""
+    cuts = (
+        Cut("mlp.gate_up_proj.weight", 0),
+        Cut("mlp.gate_up_proj.weight", 0, offset=sizes.ffn),
+        Cut("mlp.down_proj.weight", 1),
+    )
+    return Group("ffn", sizes.ffn, "mlp.down_proj", 1, cuts, "intermediate_size", sizes.ffn)
+
+
+def ffn_split(sizes: Sizes, bias: bool) -> Group:
+    """FFN neurons where gate and up are two matrices [ffn, hidden]."""
+    cuts = [Cut("mlp.gate_proj.weight", 0), Cut("mlp.up_proj.weight", 0), Cut("mlp.down_proj.weight", 1)]
+    if bias:
+        cuts += [Cut("mlp.gate_proj.bias", 0), Cut("mlp.up_proj.bias", 0)]
+    return Group("ffn", sizes.ffn, "mlp.down_proj", 1, tuple(cuts), "intermediate_size", sizes.ffn)
+
+
+def query_heads(sizes: Sizes, bias: bool) -> Group:
+    """Query heads: rows of q_proj (and its bias), columns of o_proj; equally many from every KV head's group."""
+    d = sizes.head_dim
+    cuts = [Cut("self_attn.q_proj.weight", 0, width=d), Cut("self_attn.o_proj.weight", 1, width=d)]
+    if bias:
+        cuts.append(Cut("self_attn.q_proj.bias", 0, width=d))
+    return Group("heads", sizes.heads, "self_attn.o_proj", d, tuple(cuts), "num_attention_heads", sizes.group_size)

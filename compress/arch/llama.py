@@ -1,0 +1,60 @@
+"""Llama and everything that carries its model_type (SmolLM2, TinyLlama, Yi ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.arch.family import Family, Group, Sizes, ffn_split, query_heads
+
+
+def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, q, kv, f = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (h,),
+        "mlp.down_proj.weight": (h, f),
+        "mlp.gate_proj.weight": (f, h),
+        "mlp.up_proj.weight": (f, h),
+        "post_attention_layernorm.weight": (h,),
+        "self_attn.k_proj.weight": (kv, h),
+        "self_attn.o_proj.weight": (h, q),
+        "self_attn.q_proj.weight": (q, h),
+        "self_attn.v_proj.weight": (kv, h),
+    }
+    if config.get("attention_bias"):
+        shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+        shapes["self_attn.o_proj.bias"] = (h,)
+    if config.get("mlp_bias"):
+        shapes |= {"mlp.gate_proj.bias": (f,), "mlp.up_proj.bias": (f,), "mlp.down_proj.bias": (h,)}
+    return shapes
+
+
+def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
+    return (
+        query_heads(sizes, bias=bool(config.get("attention_bias"))),
+        ffn_split(sizes, bias=bool(config.get("mlp_bias"))),
+    )
+
+
+def _refuse(sizes: Sizes) -> str | None:
+    # LlamaConfig.validate_architecture: hidden_size % num_attention_heads must be 0, whatever head_dim says
+    if sizes.hidden % sizes.heads:
+        fits = [n for n in range(sizes.kv_heads, sizes.hidden + 1, sizes.kv_heads) if sizes.hidden % n == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - sizes.heads))[:2])
+        return (
+            f"stock transformers loads a llama only if its heads divide hidden_size: {sizes.heads} does not divide "
+            f"{sizes.hidden}; {' and '.join(map(str, near))} do"
+        )
+    return None
+
+
+LLAMA = Family(
+    model_type="llama",
+    text="model",
+    head="lm_head",
+    rope_axes=1,
+    layer=_layer,
+    groups=_groups,
+    refuse=_refuse,
+    skip=("lm_head",),
+)

@@ -1,0 +1,98 @@
+"""The self-check: is the folder that was written the model that was meant?
+
+(1) Stock transformers builds it on the meta device from its own config and takes every key. (2) Its logits, streamed
+from the written bytes through the stock layer classes, equal what the step computed in memory. (3) Where memory
+allows, a full stock load gives the same logits again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.arch import Family
+from compress.checkpoint.reader import TORCH_DTYPES, Reader
+from compress.errors import SelfCheckError
+from compress.formats import PLAIN, format_of
+from compress.machine import Machine
+from compress.steps.types import Outcome, StepPlan
+from compress.stream.forward import Stream, quiet_transformers
+
+STREAMED = 1e-4  # largest difference of two float32 computations, relative to the spread of the logits
+FULL_KL = 0.05  # nats between the float32 stream and a full load in the stored dtype, which rounds activations
+KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def self_check(folder: Path, family: Family, step: StepPlan, outcome: Outcome, machine: Machine) -> dict[str, Any]:
+    """Check one step's output; SelfCheckError names what differs. Returns what was compared, for the receipt."""
+    report: dict[str, Any] = {"stock_keys": _stock_keys(folder)}
+    with Reader(folder) as reader:
+        written = {name: (spec.dtype, spec.shape) for name, spec in reader.header.tensors.items()}
+        planned = {name: (spec.dtype, spec.shape) for name, spec in step.after.tensors.items()}
+        if written != planned:
+            raise SelfCheckError(f"{folder}: the written tensors are not the planned ones")
+        stored = format_of(reader.header)
+        stream = Stream(reader, family, dtype=torch.float32, linear=stored.load)
+        difference = _relative(stream.logits(outcome.probe), outcome.logits)
+    if not difference <= STREAMED:
+        raise SelfCheckError(
+            f"{folder}: logits streamed from the written folder differ from the computed ones by {difference:.2e} of "
+            f"their spread (allowed {STREAMED:.0e})"
+        )
+    report["streamed_logits"] = "equal" if difference == 0 else f"within {STREAMED:.0e} of their spread"
+    needed = step.after.nbytes * 2 + outcome.logits.nbytes * 3
+    if needed > machine.available_memory():
+        report["full_load"] = "left out: it needs more memory than there is"
+        return report
+    dtype = TORCH_DTYPES[step.after.dtype]
+    divergence = _divergence(_full_logits(folder, outcome.probe, dtype), outcome.logits)
+    exact = stored.name == PLAIN.name and dtype == torch.float32
+    if not divergence <= (1e-6 if exact else FULL_KL):
+        raise SelfCheckError(f"{folder}: a full load in stock transformers differs by KL {divergence:.3g} nats")
+    report["full_load"] = "same distribution"
+    return report
+
+
+def _stock_class(folder: Path) -> Any:
+    import json
+
+    import transformers
+
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    return getattr(transformers, name)
+
+
+def _stock_keys(folder: Path) -> str:
+    quiet_transformers()
+    model, info = _stock_class(folder).from_pretrained(
+        folder, device_map="meta", output_loading_info=True, local_files_only=True
+    )
+    del model
+    wrong = {kind: sorted(map(str, info[kind])) for kind in KINDS if info.get(kind)}
+    if wrong:
+        kind, names = next(iter(wrong.items()))
+        raise SelfCheckError(f"{folder}: stock transformers reports {kind}: {names[0]} ({len(names)} in all)")
+    return "all taken"
+
+
+@torch.no_grad()
+def _full_logits(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    model: nn.Module = _stock_class(folder).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.std().clamp_min(1e-12))
+
+
+def _divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    log_p, log_q = found.log_softmax(-1), expected.log_softmax(-1)
+    return float((log_q.exp() * (log_q - log_p)).sum(-1).mean())

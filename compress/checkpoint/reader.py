@@ -1,0 +1,134 @@
+"""Read tensors of a checkpoint folder one at a time, or as rows, into memory of their own.
+
+Plain positioned reads, not a memory map: mapped pages would count as memory of the process and grow with the
+model. Every float that is read is checked: NaN or infinity ends the run with the tensor's name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from compress.checkpoint.headers import DTYPE_BYTES, Header, TensorSpec, read_header
+from compress.errors import MachineError, UserError
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+CHUNK = 64 * 2**20
+
+
+class Reader:
+    """Tensors of `folder` by name. Use as a context manager; files are opened when first needed."""
+
+    def __init__(self, folder: Path, header: Header | None = None) -> None:
+        self.folder = folder
+        self.header = header or read_header(folder)
+        self._files: dict[Path, int] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.header.tensors
+
+    def spec(self, name: str) -> TensorSpec:
+        spec = self.header.tensors.get(name)
+        if spec is None:
+            raise UserError(f"{self.folder}: tensor '{name}' is missing")
+        return spec
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor, converted to `dtype` when given."""
+        spec = self.spec(name)
+        value = self._read(spec, 0, spec.nbytes).reshape(spec.shape)
+        return value if dtype is None else value.to(dtype)
+
+    def rows(self, name: str, index: Sequence[int] | slice, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows of a matrix, [len(index), columns]; runs of neighbouring rows are one read each."""
+        spec = self.spec(name)
+        width = spec.nbytes // spec.shape[0]
+        wanted = range(*index.indices(spec.shape[0])) if isinstance(index, slice) else index
+        parts = []
+        for start, stop in _runs(wanted):
+            parts.append(self._read(spec, start * width, (stop - start) * width))
+        value = torch.cat(parts).reshape(len(wanted), *spec.shape[1:])
+        return value if dtype is None else value.to(dtype)
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor's bytes in order, as flat tensors of its own dtype of at most 64 MiB: for plain copies."""
+        spec = self.spec(name)
+        for start in range(0, spec.nbytes, CHUNK):
+            yield self._read(spec, start, min(CHUNK, spec.nbytes - start))
+
+    def _read(self, spec: TensorSpec, start: int, nbytes: int) -> torch.Tensor:
+        where = self.header.locations[spec.name]
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs for 3.11 lack Buffer
+        try:
+            if where.file not in self._files:
+                self._files[where.file] = os.open(where.file, os.O_RDONLY)
+            done = 0
+            while done < nbytes:
+                count = os.preadv(self._files[where.file], [view[done:]], where.offset + start + done)
+                if count == 0:
+                    raise UserError(f"{where.file}: truncated while reading '{spec.name}'")
+                done += count
+        except OSError as error:
+            raise MachineError(f"{where.file}: reading '{spec.name}' failed ({error.strerror})") from None
+        value = buffer.view(TORCH_DTYPES[spec.dtype])
+        if value.is_floating_point() and value.element_size() > 1 and not _finite(value):
+            raise UserError(f"{where.file}: tensor '{spec.name}' holds NaN or infinite values")
+        return value
+
+
+def _finite(value: torch.Tensor) -> bool:
+    # a sum would overflow in fp16; min and max pass NaN and infinity on and need no second buffer
+    if not value.numel():
+        return True
+    low, high = torch.aminmax(value)
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def _runs(index: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = previous = None
+    for row in index:
+        if previous is not None and start is not None and row != previous + 1:
+            yield start, previous + 1
+            start = row
+        elif start is None:
+            start = row
+        previous = row
+    if start is not None and previous is not None:
+        yield start, previous + 1
+
+
+def spec_of(name: str, value: torch.Tensor) -> TensorSpec:
+    """The TensorSpec that `value` would have on disk."""
+    return TensorSpec(name, DTYPE_NAMES[value.dtype], tuple(value.shape))
+
+
+assert set(TORCH_DTYPES) <= set(DTYPE_BYTES)

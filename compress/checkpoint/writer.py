@@ -1,0 +1,213 @@
+"""Write a checkpoint folder: all headers first, then tensors in any order, then one rename.
+
+The shapes are planned before a weight is read, so every tensor's place is known from the start: files are laid out
+from the plan and filled by positioned writes, in whatever order a streaming step produces its tensors. Nothing of
+`target` exists until everything was written, synced and renamed; on any error the partial folder is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from compress.checkpoint.headers import INDEX, TensorSpec
+from compress.checkpoint.layout import SHARD_BYTES, Shard, layout
+from compress.checkpoint.reader import Reader, spec_of
+from compress.errors import MachineError, SelfCheckError
+
+# What a checkpoint folder holds besides weights and config.json and must keep: tokenizer, processor, templates, legal.
+CARRIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+class Writer:
+    """`with Writer(target, tensors) as w: w.config(...); w.put(name, tensor) ...`: a whole folder, or none."""
+
+    def __init__(self, target: Path, tensors: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES) -> None:
+        self.target = target
+        self.partial = target.with_name(target.name + ".partial")
+        self._shards = layout(tensors, shard_bytes)
+        self._places: dict[str, tuple[TensorSpec, Shard, int]] = {}
+        for shard in self._shards:
+            offset = len(shard.header)
+            for spec in shard.tensors:
+                self._places[spec.name] = (spec, shard, offset)
+                offset += spec.nbytes
+        self._missing = set(self._places)
+        self._rows: dict[str, int] = {}
+        self._files: dict[str, int] = {}
+
+    def __enter__(self) -> Writer:
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        try:
+            with _disk_errors(self.partial):
+                self.partial.mkdir(parents=True)
+                for shard in self._shards:
+                    descriptor = os.open(self.partial / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                    self._files[shard.name] = descriptor
+                    _pwrite(descriptor, shard.header, 0)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Close all files; remove the partial folder, which is gone already when all went well."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Write one whole tensor; name, dtype and shape must be the planned ones."""
+        spec, _, _ = self._place(name)
+        if spec_of(name, value) != spec:
+            raise SelfCheckError(f"planned {spec}, but the step made {spec_of(name, value)}")
+        self._write(name, 0, value)
+        self._missing.discard(name)
+
+    def put_rows(self, name: str, start: int, value: torch.Tensor) -> None:
+        """Write rows [start, start + len(value)) of one tensor; the blocks come in order and leave no gap."""
+        spec, _, _ = self._place(name)
+        if not value.ndim or spec_of(name, value) != TensorSpec(name, spec.dtype, (len(value), *spec.shape[1:])):
+            raise SelfCheckError(f"planned rows of {spec}, but the step made {spec_of(name, value)}")
+        stop = start + len(value)
+        if start != self._rows.get(name, 0) or stop > spec.shape[0]:
+            raise SelfCheckError(
+                f"rows {start}..{stop} of '{name}' are out of turn ({self._rows.get(name, 0)} written)"
+            )
+        self._write(name, start * (spec.nbytes // max(spec.shape[0], 1)), value)
+        self._rows[name] = stop
+        if stop == spec.shape[0]:
+            self._missing.discard(name)
+
+    def copy(self, reader: Reader, name: str) -> None:
+        """Copy one tensor unchanged, in pieces."""
+        spec, _, _ = self._place(name)
+        if reader.spec(name) != spec:
+            raise SelfCheckError(f"planned {spec}, but the source holds {reader.spec(name)}")
+        done = 0
+        for piece in reader.chunks(name):
+            self._write(name, done, piece)
+            done += piece.nbytes
+        self._missing.discard(name)
+
+    def text(self, name: str, content: str) -> None:
+        """A small text file beside the weights."""
+        self.file(name, content.encode())
+
+    def file(self, name: str, content: bytes) -> None:
+        """A small file beside the weights; `name` may have a folder."""
+        with _disk_errors(self.partial):
+            (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.partial / name).write_bytes(content)
+
+    def config(self, config: Mapping[str, Any], source: Path) -> None:
+        """config.json; when nothing changed, the source's own bytes."""
+        original = source / "config.json"
+        if original.exists() and json.loads(original.read_text(encoding="utf-8")) == config:
+            self.text("config.json", original.read_text(encoding="utf-8"))
+        else:
+            self.text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def carry(self, source: Path) -> None:
+        """Copy tokenizer, processor, chat template, generation config, licence and notices of `source`."""
+        names = sorted({p.name for pattern in CARRIED for p in source.glob(pattern) if p.is_file()})
+        with _disk_errors(self.partial):
+            for name in names:
+                shutil.copyfile(source / name, self.partial / name)
+
+    def _place(self, name: str) -> tuple[TensorSpec, Shard, int]:
+        if name not in self._places:
+            raise SelfCheckError(f"the step made a tensor that was not planned: '{name}'")
+        return self._places[name]
+
+    def _write(self, name: str, start: int, value: torch.Tensor) -> None:
+        _, shard, offset = self._place(name)
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        with _disk_errors(self.partial):
+            view = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs for 3.11 lack Buffer
+            _pwrite(self._files[shard.name], view, offset + start)
+
+    def _finish(self) -> None:
+        if self._missing:
+            raise SelfCheckError(f"{len(self._missing)} planned tensors were not written, first '{min(self._missing)}'")
+        with _disk_errors(self.partial):
+            if len(self._shards) > 1:
+                weight_map = {t.name: s.name for s in self._shards for t in s.tensors}
+                total = sum(t.nbytes for s in self._shards for t in s.tensors)
+                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+                self.text(INDEX, json.dumps(index, indent=2) + "\n")
+            for path in sorted(self.partial.rglob("*")):
+                if path.is_file():
+                    sync(path)
+            sync(self.partial)
+            os.rename(self.partial, self.target)
+            sync(self.target.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+class _disk_errors:
+    """Turns an OSError while writing into one line with exit code 4."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "the disk is full" if full else (error.strerror or str(error))
+            raise MachineError(f"{self.path}: writing failed: {what}") from None

@@ -1,0 +1,23 @@
+"""`quantize MODEL -o OUT --format F`: write a checkpoint in a smaller number format."""
+
+from __future__ import annotations
+
+from compress.commands.options import DataFlags, MachineFlags, Model, RunFlags, ScreenFlags, Target, flat
+from compress.commands.run import run_one
+from compress.steps.quantize.options import QuantizeOptions
+
+EXAMPLE = "autoglm-compress quantize demo:smollm2-135m -o out/int8 --format int8"
+
+
+@flat
+def quantize(
+    model: Model,
+    output: Target,
+    options: QuantizeOptions,
+    data: DataFlags,
+    place: RunFlags,
+    machine: MachineFlags,
+    show: ScreenFlags,
+) -> None:
+    """Write the decoder's linear layers in a smaller number format."""
+    run_one("quantize", model, options, output, data, place, machine, show)

@@ -1,0 +1,65 @@
+"""The errors a user may see, and the exit code each one ends with.
+
+A `UserError` is one clear line and, where it helps, a hint; it never prints a traceback. Everything else that
+escapes a command is our bug and ends with code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+OK = 0
+BUG = 1
+USAGE = 2
+GATE = 3
+MACHINE = 4
+INTERRUPTED = 130
+
+
+class CompressError(Exception):
+    """One line for people, an optional hint, and the exit code the process ends with."""
+
+    exit_code = BUG
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UserError(CompressError):
+    """The input is wrong: an option, a recipe, a folder, a missing extra, a name that is not found."""
+
+    exit_code = USAGE
+
+
+class GateError(CompressError):
+    """A quality gate or a verification failed."""
+
+    exit_code = GATE
+
+
+class MachineError(CompressError):
+    """The machine cannot do it: memory, disk, device, network."""
+
+    exit_code = MACHINE
+
+
+class SelfCheckError(CompressError):
+    """What we wrote is not what we meant to write. Ours to fix, and said so."""
+
+    exit_code = BUG
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name closest to `word`, if one is close enough to have been meant."""
+    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` when a name is near, else the list of what is allowed."""
+    names = list(allowed)
+    near = nearest(word, names)
+    return f"; did you mean '{near}'?" if near else f"; allowed: {', '.join(names)}"

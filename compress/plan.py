@@ -1,0 +1,219 @@
+"""Recipe + config.json + safetensors headers -> Plan: shapes, parameters, bytes, memory, disk. Torch-free.
+
+Every mistake that headers can show is found here, before a weight is read, and all of them are told at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from compress.arch import Family, family_of
+from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.source import Source, locate
+from compress.data import DataSpec, Part, check
+from compress.errors import MachineError, UserError
+from compress.formats import Plain, format_of
+from compress.machine import Machine, Progress, Silent
+from compress.recipe import Recipe
+from compress.steps import STEPS
+from compress.steps.types import PlanContext, StepPlan
+
+SPARE = 64 * 2**20  # bytes of disk left over for what is small: tokenizer, receipt, scores
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do. `parameters`: of the model it starts from. `memory`: the largest estimated peak of a
+    step above interpreter and libraries, `disk`: bytes that must be free; None when the machine was left out."""
+
+    recipe: Recipe
+    source: Source
+    teacher: Source | None
+    family: Family
+    before: Header
+    parameters: int
+    steps: tuple[StepPlan, ...]
+    memory: int | None
+    disk: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        found: dict[str, Any] = {
+            "model": self.source.name,
+            "model_type": self.family.model_type,
+            "parameters": self.parameters,
+            "bytes": self.before.nbytes,
+            "steps": [self._step(index, step) for index, step in enumerate(self.steps)],
+        }
+        if self.teacher is not None:
+            found["teacher"] = self.teacher.name
+        if self.memory is not None:
+            found |= {"memory": self.memory, "disk": self.disk}
+        return found
+
+    def _step(self, index: int, step: StepPlan) -> dict[str, Any]:
+        before, after = self.family.sizes(step.before), self.family.sizes(step.after)
+        found: dict[str, Any] = {
+            "step": f"{index + 1}-{step.kind}",
+            "options": step.options.model_dump(mode="json", exclude_none=True),
+            "ffn": [before.ffn, after.ffn],
+            "heads": [before.heads, after.heads],
+            "parameters": step.parameters,
+            "bytes": step.nbytes,
+            "notes": list(step.notes),
+        }
+        return found if self.memory is None else found | {"memory": step.memory}
+
+
+class _Complaints:
+    """All that is wrong, one line each."""
+
+    def __init__(self, where: str | None) -> None:
+        self.where = where
+        self.lines: list[str] = []
+        self.hints: list[str] = []
+
+    def add(self, path: str, message: str, hint: str | None = None) -> None:
+        key = path
+        if self.where is None and path:
+            key = "--" + path.rsplit(".", 1)[-1].replace("_", "-")  # a lone command: name the flag
+        parts = [part for part in (self.where, key) if part]
+        self.lines.append(": ".join([*parts, message]))
+        if hint and hint not in self.hints:
+            self.hints.append(hint)
+
+    def finish(self) -> None:
+        if not self.lines:
+            return
+        text = self.lines[0] if len(self.lines) == 1 else "\n".join([f"{len(self.lines)} problems:", *self.lines])
+        raise UserError(text, hint="; ".join(self.hints) or None)
+
+
+def make_plan(
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    check_machine: bool = True,
+    progress: Progress | None = None,
+    where: str | None = "recipe",
+    out: Path | None = None,
+) -> Plan:
+    """Plan `recipe`. `where` names the recipe in messages; None: a lone command, whose messages name flags.
+
+    Raises UserError with all complaints; MachineError when memory or disk are too small (only without complaints:
+    a wrong input is told first).
+    """
+    source = locate(recipe.model, progress=progress or Silent())
+    before = read_header(source.folder)
+    family = family_of(before)
+    complaints = _Complaints(where)
+    _check_shapes(source.folder, family, before, complaints)
+    complaints.finish()
+    teacher, teacher_header = _teacher(recipe, source, before, progress, complaints)
+    _check_data(recipe, source.folder, complaints)
+    context = PlanContext(family, _data(recipe), teacher_header, machine.threads)
+    steps = _plan_steps(recipe, before, context, complaints)
+    complaints.finish()
+    memory = max((step.memory for step in steps), default=0)
+    disk = sum(step.nbytes for step in steps) + SPARE
+    if check_machine:
+        _check_machine(machine, memory, disk, out)
+    parameters = format_of(before).parameters(before, family)
+    shown = (memory, disk) if check_machine else (None, None)
+    return Plan(recipe, source, teacher, family, before, parameters, steps, *shown)
+
+
+def _plan_steps(recipe: Recipe, before: Header, context: PlanContext, complaints: _Complaints) -> tuple[StepPlan, ...]:
+    planned: list[StepPlan] = []
+    for index, entry in enumerate(recipe.steps):
+
+        def complain(key: str, message: str, hint: str | None = None, at: str = f"steps.{index}.{entry.kind}") -> None:
+            complaints.add(f"{at}.{key}" if key else at, message, hint)
+
+        step = STEPS[entry.kind].plan(before, entry.options, context, complain)
+        if step is None:
+            break  # what follows would be planned on a checkpoint that cannot exist
+        planned.append(step)
+        before = step.after
+    return tuple(planned)
+
+
+def _data(recipe: Recipe) -> Mapping[str, DataSpec]:
+    return {part: getattr(recipe.data, part) for part in ("calibration", "training", "evaluation")}
+
+
+def _needed_data(recipe: Recipe) -> list[str]:
+    parts = {STEPS[entry.kind].data for entry in recipe.steps if entry.kind != "quantize"}
+    if recipe.evaluate != "never":
+        parts.add("evaluation")
+    return sorted(parts)
+
+
+def _check_data(recipe: Recipe, folder: Path, complaints: _Complaints) -> None:
+    needed = _needed_data(recipe)
+    for part in needed:
+        try:
+            check(getattr(recipe.data, part), cast(Part, part))
+        except UserError as problem:
+            complaints.add(f"data.{part}", problem.message, problem.hint)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if needed and not any((folder / name).exists() for name in names):
+        complaints.add("model", f"{folder}: no tokenizer ({', '.join(names)}), which {' and '.join(needed)} data need")
+    if recipe.gates is not None and recipe.evaluate == "never":
+        quality = [
+            k for k in ("max_perplexity_ratio", "max_kl", "min_top1_agreement") if getattr(recipe.gates, k) is not None
+        ]
+        if quality:
+            complaints.add(f"gates.{quality[0]}", "needs an evaluation, but evaluate is 'never'")
+
+
+def _teacher(
+    recipe: Recipe, source: Source, before: Header, progress: Progress | None, complaints: _Complaints
+) -> tuple[Source | None, Header | None]:
+    if not any(entry.kind == "distill" for entry in recipe.steps):
+        if recipe.teacher is not None:
+            complaints.add("teacher", "no step uses it: there is no distill step")
+        return None, None
+    if recipe.teacher is None:
+        return source, before
+    teacher = locate(recipe.teacher, progress=progress or Silent())
+    header = read_header(teacher.folder)
+    _check_shapes(teacher.folder, family_of(header), header, complaints)
+    return teacher, header
+
+
+def _check_shapes(folder: Path, family: Family, header: Header, complaints: _Complaints) -> None:
+    """Every decoder tensor that the config implies is there, with the implied shape."""
+    stored = format_of(header)
+    found = header.tensors if isinstance(stored, Plain) else stored.logical(header)
+    wrong = []
+    for name, shape in family.shapes(header).items():
+        if name not in found:
+            wrong.append(f"tensor '{name}' {list(shape)} is missing")
+        elif found[name].shape != shape:
+            wrong.append(f"tensor '{name}' is {list(found[name].shape)}, but config.json implies {list(shape)}")
+    known, prefix = family.shapes(header), f"{family.text}.layers."
+    extra = [n for n in found if n.startswith(prefix) and n not in known and not n.endswith("rotary_emb.inv_freq")]
+    wrong += [f"tensor '{name}' has no place in the model that config.json describes" for name in extra]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        complaints.add("model", f"{folder}: {wrong[0]}{more}")
+
+
+def _check_machine(machine: Machine, memory: int, disk: int, out: Path | None) -> None:
+    available = machine.available_memory()
+    if memory > available:
+        raise MachineError(
+            f"the plan needs about {memory / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available",
+            hint="fewer or shorter calibration samples need less; plan --no-machine shows the rest of the plan",
+        )
+    folder = (out or Path.cwd()).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if disk > free:
+        raise MachineError(f"the plan needs {disk / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free")

@@ -1,0 +1,141 @@
+"""receipt.json: why a result can be trusted. Everything in it is deterministic; seconds and hosts stand elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.headers import read_json
+from compress.errors import UserError
+from compress.machine import Machine, Progress
+from compress.recipe import Recipe
+from compress.steps.types import StepPlan
+
+if TYPE_CHECKING:
+    from compress.plan import Plan
+
+SCHEMA = 1
+LIBRARIES = ("torch", "transformers", "safetensors", "bitsandbytes", "compressed-tensors", "tokenizers")
+# name of the gate -> (what it looks at, +1: must be at most, -1: must be at least)
+GATES = {
+    "max_perplexity_ratio": ("perplexity_ratio", 1),
+    "max_kl": ("kl", 1),
+    "min_top1_agreement": ("top1_agreement", -1),
+    "max_bytes": ("bytes", 1),
+    "max_parameters": ("parameters", 1),
+}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def own_version() -> str:
+    """Version of this package."""
+    try:
+        return version("autoglm-compress")
+    except PackageNotFoundError:  # run from a bare source tree
+        return "unknown"
+
+
+def step_part(name: str, step: StepPlan, outcome: dict[str, Any], checked: dict[str, Any]) -> dict[str, Any]:
+    """One step's part of the receipt."""
+    return {
+        "step": name,
+        "options": step.options.model_dump(mode="json"),
+        "parameters": step.parameters,
+        "bytes": step.nbytes,
+        "notes": list(step.notes),
+        "self_check": checked,
+        **outcome,
+    }
+
+
+def failed_gates(recipe: Recipe, stages: Sequence[dict[str, Any]], last: StepPlan) -> list[str]:
+    """One line for every gate that the result fails."""
+    if recipe.gates is None:
+        return []
+    found = {"parameters": last.parameters, "bytes": last.nbytes, **(stages[-1] if stages else {})}
+    failed = []
+    for gate, (metric, sign) in GATES.items():
+        limit = getattr(recipe.gates, gate)
+        if limit is None:
+            continue
+        value = found[metric]
+        if not sign * value <= sign * limit:  # a NaN fails as well
+            shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+            failed.append(f"gate {gate}: found {shown}, allowed {limit}")
+    return failed
+
+
+def assemble(
+    *,
+    plan: Plan,
+    threads: int,
+    steps: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
+    evaluation_digest: str | None,
+    failed: list[str],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The whole receipt of a run whose result lies in `folder`."""
+    sources = {"model": plan.source} | ({"teacher": plan.teacher} if plan.teacher else {})
+    files = {key: _weight_files(source.folder) for key, source in sources.items()}
+    with progress.task("digests", sum(map(len, files.values())) + 1) as task:
+        parts: dict[str, Any] = {}
+        for key, source in sources.items():
+            digests = {}
+            for path in files[key]:
+                digests[path.name] = sha256(path)
+                task.advance()
+            parts[key] = {"name": source.name, "revision": source.revision, "sha256": digests}
+        written = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        task.advance()
+    return {
+        "receipt": SCHEMA,
+        "autoglm_compress": own_version(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "threads": threads,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        **parts,
+        "parameters": plan.parameters,
+        "evaluation_sha256": evaluation_digest,
+        "steps": steps,
+        "stages": stages,
+        "gates": {"failed": failed} if plan.recipe.gates else None,
+        "files": written,
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+
+
+def measured_host(machine: Machine, started: float) -> dict[str, Any]:
+    """Machine, versions and time: what may differ between two runs of the same recipe."""
+    return {
+        "seconds": round(time.time() - started, 2),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": machine.threads,
+    }
+
+
+def load_receipt(folder: Path | str) -> dict[str, Any]:
+    """receipt.json of a result; UserError where there is none."""
+    path = Path(folder) / "receipt.json"
+    if not path.exists():
+        raise UserError(f"{path}: not found; {folder} is not a result of autoglm-compress")
+    receipt = read_json(path)
+    if receipt.get("receipt") != SCHEMA:
+        raise UserError(f"{path}: receipt format {receipt.get('receipt')!r} is not known (this version reads {SCHEMA})")
+    return receipt

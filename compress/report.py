@@ -1,0 +1,320 @@
+"""What people see: progress on stderr, results on stdout, as tables or as one JSON document.
+
+A terminal gets bars with the time that is left; a log gets a plain line every few seconds. Colour only where a
+terminal wants it (NO_COLOR is respected); a table that does not fit is printed one `key: value` a line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from compress.machine import Progress, Silent, Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+    from compress.arch import Family
+    from compress.plan import Plan
+    from compress.run import Result
+    from compress.steps.types import StepPlan
+
+EVERY = 5.0  # seconds between two lines about one task in a log
+WORTH_A_LINE = 1.0  # seconds below which a finished task leaves no line
+LOG_WIDTH = 160  # columns of a table where nothing says how wide the screen is
+
+
+def size(nbytes: float) -> str:
+    """`268 B`, `12.9 KiB`, `256.6 MiB`, `19.2 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB" if nbytes < 1024 else f"{nbytes / 1024:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `42 s`, `3 min 12 s`, `2 h 5 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class LogTask:
+    """A task of a log: a line when the last one is `EVERY` seconds old, with the time that is left."""
+
+    def __init__(self, label: str, total: int, say: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._label, self._total, self._say, self._clock = label, total, say, clock
+        self._done, self._start = 0, clock()
+        self._last = self._start
+
+    def advance(self, by: int = 1) -> None:
+        self._done += by
+        now = self._clock()
+        if now - self._last >= EVERY and 0 < self._done < self._total:
+            left = (now - self._start) * (self._total - self._done) / self._done
+            spent = duration(now - self._start)
+            self._say(f"{self._label}: {self._done}/{self._total}, {spent}, about {duration(left)} left")
+            self._last = now
+
+
+class LogProgress:
+    """Progress as plain lines, for stderr that is not a terminal."""
+
+    def __init__(self, console: Console, verbose: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._verbose, self._clock = console, verbose, clock
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        start = self._clock()
+        yield LogTask(label, total, self.note, self._clock)
+        seconds = self._clock() - start
+        if self._verbose or seconds >= WORTH_A_LINE:
+            self.note(f"{label}: done, {duration(seconds)}")
+
+    def note(self, line: str) -> None:
+        plain(self._console, line)
+
+    def stop(self) -> None:
+        """Nothing is shown that would have to be taken down."""
+
+
+class _Bar:
+    def __init__(self, bars: Bars, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, by: int = 1) -> None:
+        self._bars.advance(self._task, by)
+
+
+class BarProgress:
+    """Progress as bars with elapsed and remaining time; a finished task that took a second leaves one line."""
+
+    def __init__(self, console: Console, verbose: bool = False) -> None:
+        from rich import progress
+
+        self._console, self._verbose, self._open = console, verbose, 0
+        columns: list[progress.ProgressColumn] = [progress.TextColumn("{task.description}", markup=False)]
+        if console.width >= 60:
+            columns.append(progress.BarColumn(bar_width=None))
+        columns += [progress.MofNCompleteColumn(), progress.TimeElapsedColumn()]
+        if console.width >= 80:
+            columns += [progress.TextColumn("left"), progress.TimeRemainingColumn(elapsed_when_finished=False)]
+        self._bars = progress.Progress(*columns, console=console, transient=True, refresh_per_second=4)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        start = time.monotonic()
+        if not self._open:
+            self._bars.start()
+        self._open += 1
+        bar = self._bars.add_task(label, total=total)
+        try:
+            yield _Bar(self._bars, bar)
+            seconds = time.monotonic() - start
+            if self._verbose or seconds >= WORTH_A_LINE:
+                self.note(f"{label}: {duration(seconds)}")
+        finally:
+            self._bars.remove_task(bar)
+            self._open -= 1
+            if not self._open:
+                self._bars.stop()
+
+    def note(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Take the bars down, so that an error line stands alone."""
+        self._bars.stop()
+
+
+def plain(console: Console, line: str = "") -> None:
+    """One line as it is: no markup, no colour guessed from its words, no wrapping in a log."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Screen(AbstractContextManager["Screen"]):
+    """The flags --json, -q and -v, and what they make of progress, plans and results."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self._json, self._quiet = json, quiet
+        err = Console(stderr=True)
+        self._out = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else LOG_WIDTH)
+        self._live: BarProgress | LogProgress | None = None
+        if not quiet:
+            bars = err.is_terminal and not err.is_dumb_terminal
+            self._live = BarProgress(err, verbose) if bars else LogProgress(err, verbose)
+        self.progress: Progress = self._live or Silent()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def plan(self, made: Plan) -> None:
+        """A row a step; below it why, and what the machine needs."""
+        if self._json:
+            return self._document(made.as_dict())
+        sizes = made.family.sizes(made.before)
+        what = f"{made.family.model_type}, {sizes.layers} layers, FFN {sizes.ffn}, heads {sizes.heads}/{sizes.kv_heads}"
+        rows = [["source", what, f"{made.parameters:,}", size(made.before.nbytes), ""]]
+        for number, step in enumerate(made.steps, 1):
+            what, memory = changes(made.family, step), size(step.memory)
+            rows.append([f"{number} {step.kind}", what, f"{step.parameters:,}", size(step.nbytes), memory])
+        columns = ["step", "what", "parameters", "bytes", "peak memory"]
+        width = len(columns) if made.memory is not None else len(columns) - 1
+        self._pair("model", made.source.name)
+        if made.teacher is not None and made.teacher != made.source:
+            self._pair("teacher", made.teacher.name)
+        self._table(columns[:width], [row[:width] for row in rows], left=2)
+        for step in made.steps:
+            for note in () if self._quiet else step.notes:
+                plain(self._out, f"  {step.kind}: {note}")
+        if made.memory is not None and made.disk is not None:
+            plain(self._out, f"needs about {size(made.memory)} of memory and {size(made.disk)} of disk")
+
+    def result(self, result: Result) -> None:
+        """A row a stage, where the result is, and how to load it."""
+        if self._json:
+            receipt, measured = result.receipt, result.measured
+            return self._document(
+                {"out": str(result.out), "stages": list(result.stages), "receipt": receipt, "measured": measured}
+            )
+        dense = next((stage for stage in result.stages if stage["stage"] == "dense"), {})
+        keys = [key for key in _STAGE if any(stage.get(key) is not None for stage in result.stages)]
+        rows = [[_STAGE[key](stage.get(key)) for key in keys] for stage in result.stages]
+        if dense:
+            rows = [[*row, _share(stage, dense)] for row, stage in zip(rows, result.stages, strict=True)]
+        self._table([_NAMES.get(key, key) for key in keys] + ["of dense"] * bool(dense), rows)
+        plain(self._out, f"result: {result.out}")
+        plain(self._out, f"load:   {how_to_load(result.out)}")
+
+    def inspection(self, found: Mapping[str, Any]) -> None:
+        """One `key: value` a line, and a table of what can be cut."""
+        if self._json:
+            return self._document(found)
+        groups = found.get("groups") or ()
+        for key, value in found.items():
+            if key != "groups" and value is not None:
+                self._pair(key, value)
+        if groups:
+            plain(self._out)
+            columns = list(dict.fromkeys(key for group in groups for key in group))
+            self._table(columns, [[_cell(key, group.get(key)) for key in columns] for group in groups])
+
+    def evaluation(self, found: Mapping[str, Any], model: str, reference: str | None) -> None:
+        """One `key: value` a line."""
+        if self._json:
+            return self._document(found)
+        self._pair("model", model)
+        if reference is not None:
+            self._pair("reference", reference)
+        for key, value in found.items():
+            self._pair(key, value)
+
+    def _document(self, value: Any) -> None:
+        print(json.dumps(_finite(value), indent=2, default=str))
+
+    def _pair(self, key: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{_name(k)} {_cell(k, v)}" for k, v in value.items())
+        plain(self._out, f"{_name(key) + ':':<22}{_cell(key, value)}")
+
+    def _table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        if Measurement.get(self._out, self._out.options.update(width=10_000), table).maximum <= self._out.width:
+            self._out.print(table)
+            return
+        for row in rows:
+            for column, cell in zip(columns, row, strict=True):
+                plain(self._out, f"{column + ':':<16}{cell}")
+            plain(self._out)
+
+
+def how_to_load(folder: Path) -> str:
+    """The line of Python that loads a folder with stock transformers."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    auto = "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"
+    return f"transformers.{auto}.from_pretrained({str(folder)!r})"
+
+
+def changes(family: Family, step: StepPlan) -> str:
+    """`FFN 1536 -> 1256, heads 9 -> 6`, or the options given when no shape changes."""
+    before, after = family.sizes(step.before), family.sizes(step.after)
+    pairs = (("FFN", before.ffn, after.ffn), ("heads", before.heads, after.heads))
+    shapes = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+    options = [f"{key} {value}" for key, value in step.options.model_dump(exclude_defaults=True).items()]
+    return ", ".join(shapes or options) or "same shapes"
+
+
+def _number(format: str) -> Callable[[Any], str]:
+    return lambda value: "-" if value is None else format.format(value)
+
+
+_STAGE: dict[str, Callable[[Any], str]] = {
+    "stage": str,
+    "perplexity": _number("{:.3f}"),
+    "perplexity_ratio": _number("{:.3f}"),
+    "kl": _number("{:.4f}"),
+    "top1_agreement": _number("{:.1%}"),
+    "parameters": _number("{:,}"),
+    "bytes": lambda value: "-" if value is None else size(value),
+    "seconds": lambda value: "-" if value is None else duration(value),
+}
+_NAMES = {"perplexity_ratio": "ratio", "kl": "KL", "top1_agreement": "top-1", "seconds": "time"}
+
+
+def _share(stage: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    part, whole = stage.get("bytes"), dense.get("bytes")
+    return f"{part / whole:.1%}" if part is not None and whole else "-"
+
+
+def _name(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _cell(key: str, value: Any) -> str:
+    shown = _STAGE.get(key.removeprefix("reference_"))
+    if shown is not None and not isinstance(value, str):
+        return shown(value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such a number becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,261 @@
+"""Executes a plan: steps into a work folder, evaluation and self-check after them, receipt, gates, one rename.
+
+OUT appears whole or not at all. receipt.json is deterministic; what depends on the moment (seconds, peaks, host, date)
+stands in measured.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import receipt as receipts
+from compress.card import model_card
+from compress.check import self_check
+from compress.checkpoint.headers import read_header
+from compress.checkpoint.source import Source
+from compress.checkpoint.writer import sync
+from compress.errors import GateError, UserError
+from compress.machine import (
+    Machine,
+    Progress,
+    Silent,
+    peak_memory,
+    reset_peak_memory,
+    resident_memory,
+    return_freed_memory,
+)
+from compress.plan import Plan, make_plan
+from compress.recipe import Recipe, dump
+from compress.steps import STEPS
+from compress.steps.evaluate.run import Evaluator
+from compress.steps.types import Job, StepPlan
+
+MARK = ".autoglm-compress"  # stands in every work folder of ours: nothing else is ever removed
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the checkpoint is, its receipt, what was measured, and one row a stage."""
+
+    out: Path
+    receipt: dict[str, Any]
+    measured: dict[str, Any]
+    stages: tuple[dict[str, Any], ...]
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    machine: Machine,
+    *,
+    overwrite: bool = False,
+    keep_work: bool = False,
+    progress: Progress | None = None,
+    where: str | None = "recipe",
+) -> Result:
+    """Run `recipe` into the folder `out`.
+
+    Raises UserError (nothing written), MachineError, SelfCheckError; GateError when a gate fails: the result then
+    lies in OUT.rejected.
+    """
+    progress = progress or Silent()
+    _check_out(out, overwrite)
+    plan = make_plan(recipe, machine, progress=progress, where=where, out=out)
+    _check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
+    torch.set_num_threads(machine.threads)
+    return_freed_memory()
+    with _work_folder(out, keep_work) as work:
+        return _Run(plan, out, work, machine, overwrite, keep_work, progress).finish()
+
+
+class _Run:
+    """One execution; the state that its phases share."""
+
+    def __init__(
+        self, plan: Plan, out: Path, work: Path, machine: Machine, overwrite: bool, keep_work: bool, progress: Progress
+    ) -> None:
+        self.plan, self.recipe, self.out, self.work = plan, plan.recipe, out, work
+        self.machine, self.progress, self.overwrite, self.keep_work = machine, progress, overwrite, keep_work
+        self.stages: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+        self.measured: dict[str, Any] = {"steps": []}
+        self.evaluator: Evaluator | None = None
+
+    def finish(self) -> Result:
+        """All phases in order."""
+        started = time.time()
+        if self.recipe.evaluate != "never":
+            reference = self.plan.source.folder
+            self.evaluator = Evaluator(
+                reference,
+                self.recipe.data.evaluation,
+                seed=self.recipe.seed,
+                reference=reference,
+                progress=self.progress,
+            )
+            self._evaluate("dense", reference)
+        folder = self.plan.source.folder
+        for index, step in enumerate(self.plan.steps):
+            folder = self._step(index, step, folder)
+        failed = receipts.failed_gates(self.recipe, self.stages, self.plan.steps[-1])
+        receipt = self._receipt(folder, failed)
+        self.measured |= receipts.measured_host(self.machine, started)
+        self._describe(folder, receipt)
+        target = self.out if not failed else self.out.with_name(self.out.name + ".rejected")
+        _publish(folder, target, replace_old=self.overwrite or bool(failed))
+        if failed:
+            raise GateError(
+                f"{failed[0]}; the result lies in {target}"
+                if len(failed) == 1
+                else "\n".join([f"{len(failed)} gates failed; the result lies in {target}", *failed])
+            )
+        return Result(target, receipt, self.measured, tuple(self._rows()))
+
+    def _step(self, index: int, step: StepPlan, source: Path) -> Path:
+        name = f"{index + 1}-{step.kind}"
+        target = self.work / name
+        step = replace(step, before=read_header(source))  # as planned, now with the places of its bytes
+        self.progress.note(f"{name}: {step.kind}")
+        data = {part: getattr(self.recipe.data, part) for part in ("calibration", "training", "evaluation")}
+        teacher = self.plan.teacher.folder if self.plan.teacher else None
+        job = Job(step, self.plan.family, source, target, teacher, data, self.recipe.seed, self.machine, self.progress)
+        before, start = resident_memory(), time.time()
+        reset_peak_memory()
+        outcome = STEPS[step.kind].load()(job)
+        seconds, peak = time.time() - start, peak_memory()
+        checked = self_check(target, self.plan.family, step, outcome, self.machine)
+        self.measured["steps"].append(
+            {
+                "step": name,
+                "seconds": round(seconds, 2),
+                "check_seconds": round(time.time() - start - seconds, 2),
+                "memory_before": before,
+                "memory_peak": peak,
+                "memory_predicted": step.memory,
+                **outcome.measured,
+            }
+        )
+        self.steps.append(receipts.step_part(name, step, outcome.receipt, checked))
+        _keep_scores(target, source)
+        if index and not self.keep_work:
+            shutil.rmtree(source)
+        last = index + 1 == len(self.plan.steps)
+        if self.recipe.evaluate == "each" or (self.recipe.evaluate == "last" and last):
+            self._evaluate(name, target)
+        return target
+
+    def _evaluate(self, stage: str, folder: Path) -> None:
+        assert self.evaluator is not None
+        start = time.time()
+        row = {"stage": stage, **self.evaluator.measure(folder, stage)}
+        self.stages.append(row)
+        self.measured.setdefault("evaluation_seconds", {})[stage] = round(time.time() - start, 2)
+
+    def _receipt(self, folder: Path, failed: list[str]) -> dict[str, Any]:
+        return receipts.assemble(
+            plan=self.plan,
+            threads=self.machine.threads,
+            steps=self.steps,
+            stages=self.stages,
+            evaluation_digest=self.evaluator.tokens.digest if self.evaluator else None,
+            failed=failed,
+            folder=folder,
+            progress=self.progress,
+        )
+
+    def _describe(self, folder: Path, receipt: dict[str, Any]) -> None:
+        """recipe.yaml, receipt.json, measured.json and the model card, synced."""
+        texts = {
+            "recipe.yaml": dump(self.recipe),
+            "receipt.json": json.dumps(receipt, indent=1, sort_keys=True) + "\n",
+            "measured.json": json.dumps(self.measured, indent=1) + "\n",
+            "README.md": model_card(receipt, self.plan.source.folder),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            sync(folder / name)
+        sync(folder)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        seconds = {step["step"]: step["seconds"] for step in self.measured["steps"]}
+        measured = {row["stage"]: row for row in self.stages}
+        if "dense" in measured:
+            yield measured["dense"]
+        for step in self.steps:
+            row = {"stage": step["step"], "parameters": step["parameters"], "bytes": step["bytes"]}
+            yield row | measured.get(step["step"], {}) | {"seconds": seconds[step["step"]]}
+
+
+def _keep_scores(target: Path, source: Path) -> None:
+    """The scores of earlier prune steps follow the checkpoint through later steps."""
+    if source.parent == target.parent and (source / "sensitivity").exists():
+        shutil.copytree(source / "sensitivity", target / "sensitivity", dirs_exist_ok=True)
+        for path in sorted((target / "sensitivity").rglob("*")):
+            sync(path)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.name:
+        raise UserError(f"{out}: not a folder that can be written")
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise UserError(f"{out}: exists already", hint="--overwrite replaces it")
+    if out.exists() and not (out / "receipt.json").exists():
+        raise UserError(
+            f"{out}: exists and is not a result of ours (no receipt.json); it is not replaced",
+            hint="remove it yourself, or give another output folder",
+        )
+
+
+def _check_apart(out: Path, sources: list[Source]) -> None:
+    mine = out.resolve()
+    for source in sources:
+        theirs = source.folder.resolve()
+        if mine == theirs or theirs in mine.parents or mine in theirs.parents:
+            raise UserError(f"{out}: lies inside the source {source.name}, or the source inside it")
+
+
+@contextmanager
+def _work_folder(out: Path, keep: bool) -> Iterator[Path]:
+    """OUT.work, fresh; removed at the end, whatever happens, unless it is to be kept."""
+    work = out.with_name(out.name + ".work")
+    if work.exists():
+        if not (work / MARK).exists():
+            raise UserError(f"{work}: exists and is not a work folder of ours")
+        shutil.rmtree(work)
+    try:
+        work.mkdir(parents=True)
+        (work / MARK).touch()
+    except OSError as error:
+        raise UserError(f"{work}: cannot be written ({error.strerror})") from None
+    try:
+        yield work
+    finally:
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path, replace_old: bool) -> None:
+    """Rename the finished folder to its place; an older result goes only once the new one stands."""
+    old = None
+    if target.exists() and replace_old:
+        old = target.with_name(target.name + ".old")
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(target, old)
+    os.rename(folder, target)
+    sync(target.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+__all__ = ["Result", "run"]

@@ -1,0 +1,167 @@
+"""The linear algebra of pruning: damping, the ridge refit, greedy removal with second-order updates.
+
+All functions take one Linear's weight W [d, n] and the Gram matrix H = X^T X / T [n, n] of its inputs. Small problems
+are solved in float64; from 4096 columns on in float32, where a factorisation that fails is repeated in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compress.errors import UserError
+
+DOUBLE_UP_TO = 4096  # columns; above, float64 costs twice the memory of an H that is the largest thing alive
+REFRESH = 1024  # removals after which the downdated inverse is recomputed (rounding accumulates)
+
+
+def damping_vector(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """The ridge [n] added to H's diagonal: `damping` times the mean of the diagonal for every column."""
+    return torch.full_like(hessian.diagonal(), damping * float(hessian.diagonal().mean()))
+
+
+def working_dtype(columns: int) -> torch.dtype:
+    """float64 where it is cheap, float32 for wide modules."""
+    return torch.float64 if columns <= DOUBLE_UP_TO else torch.float32
+
+
+def factor(matrix: torch.Tensor, what: str) -> torch.Tensor:
+    """Lower Cholesky factor of a damped matrix; `what` names the module if even float64 finds it singular."""
+    lower: torch.Tensor
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) and matrix.dtype != torch.float64:
+        lower, info = torch.linalg.cholesky_ex(matrix.double())
+        lower = lower.to(matrix.dtype)
+    if int(info):
+        raise UserError(
+            f"{what}: the activation statistics are singular even with damping",
+            hint="raise --damping, or use more data",
+        )
+    return lower
+
+
+@dataclass(frozen=True)
+class Refit:
+    """`weight` [d, k] for the kept columns; `error` = ||V X_K - W X||^2 / ||W X||^2 on the calibration inputs, and
+    `error_before` the same without the refit."""
+
+    weight: torch.Tensor
+    error: float
+    error_before: float
+
+
+def refit(
+    weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor, ridge: torch.Tensor, what: str = "module"
+) -> Refit:
+    """Least-squares refit of the kept columns from the original weights.
+
+    V = (C[:,K] + W[:,K] L) (H[K,K] + L)^-1 with C = W H and L = diag(ridge[K]): the minimum over V of
+    ||V X_K - W X||^2 / T + ||(V - W_K) L^(1/2)||^2.  weight [d, n], hessian [n, n], keep [k] ascending, ridge [n].
+    """
+    dtype = working_dtype(len(hessian))
+    product = weight.to(torch.float32) @ hessian  # C [d, n]
+    energy = float((product * weight).sum(dtype=torch.float64))
+    kept = weight[:, keep].to(dtype)
+    inner = hessian[keep][:, keep].to(dtype)
+    before = _error(kept, inner, product[:, keep], energy)
+    system = inner.clone()
+    system.diagonal().add_(ridge[keep].to(dtype))
+    lower = factor(system, what)
+    del system
+    right = product[:, keep].to(dtype) + kept * ridge[keep].to(dtype)
+    solved = torch.cholesky_solve(right.T, lower).T
+    return Refit(solved.to(torch.float32).contiguous(), _error(solved, inner, product[:, keep], energy), before)
+
+
+def cut_error(weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor) -> float:
+    """||W_K X_K - W X||^2 / ||W X||^2: the relative output error of a cut without refit."""
+    product = weight.to(torch.float32) @ hessian
+    energy = float((product * weight).sum(dtype=torch.float64))
+    return _error(weight[:, keep], hessian[keep][:, keep], product[:, keep], energy)
+
+
+def _error(kept: torch.Tensor, inner: torch.Tensor, product: torch.Tensor, energy: float) -> float:
+    # ||V X_K - W X||^2 = tr(V H_KK V^T) - 2 tr(V C_K^T) + tr(W H W^T), all divided by the last term
+    square = float(((kept @ inner) * kept).sum(dtype=torch.float64))
+    cross = float((kept.to(product.dtype) * product).sum(dtype=torch.float64))
+    return max(0.0, (square - 2 * cross + energy) / energy) if energy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Units in the order they went and what each one cost when it went (increase of ||dW X||^2 / T)."""
+
+    order: torch.Tensor
+    cost: torch.Tensor
+
+
+def greedy_removal(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    ridge: torch.Tensor,
+    *,
+    width: int = 1,
+    block: int = 16,
+    what: str = "module",
+) -> Removal:
+    """Optimal-brain-surgeon elimination of column groups of `width`, `block` columns a round, until none is left.
+
+    s_u = tr(A_B Q A_B^T) with Q = (M[B,B])^-1, M = (H + L)^-1, B the unit's columns; the cheapest units go together,
+    A -= A[:,B] Q M[B,:] and M -= M[:,B] Q M[B,:] (Hassibi & Stork 1993; structured: Kurtic et al. 2023, ZipLM, eq. 3).
+    The costs of one round are those of each unit alone. weight [d, n], hessian [n, n], ridge [n].
+    """
+    dtype = working_dtype(len(hessian))
+    units = weight.shape[1] // width
+    current = weight.to(dtype).clone()
+    alive = torch.arange(units)
+    inverse = _inverse(hessian, ridge, _columns(alive, width), dtype, what)
+    order: list[torch.Tensor] = []
+    cost: list[torch.Tensor] = []
+    since_refresh = 0
+    while len(alive):
+        # both `current` and `inverse` hold the alive columns only
+        score = _unit_costs(current, inverse, width)
+        if since_refresh >= REFRESH or bool((score < 0).any()) or not bool(torch.isfinite(score).all()):
+            inverse = _inverse(hessian, ridge, _columns(alive, width), dtype, what)
+            score = _unit_costs(current, inverse, width)
+            since_refresh = 0
+        count = min(max(1, block // width), len(alive))
+        position = torch.argsort(score, stable=True)[:count]
+        order.append(alive[position])
+        cost.append(score[position])
+        gone = _columns(position, width)
+        stay_units = torch.ones(len(alive), dtype=torch.bool)
+        stay_units[position] = False
+        stay = stay_units.repeat_interleave(width)
+        across = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # Q M[B, stay]
+        current = current[:, stay] - current[:, gone] @ across
+        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ across
+        inverse = (inverse + inverse.T) / 2
+        alive = alive[stay_units]
+        since_refresh += count * width
+    return Removal(torch.cat(order), torch.cat(cost).to(torch.float32))
+
+
+def _unit_costs(current: torch.Tensor, inverse: torch.Tensor, width: int) -> torch.Tensor:
+    if width == 1:
+        return current.square().sum(0) / inverse.diagonal()
+    units = inverse.shape[0] // width
+    blocks = torch.stack([inverse[u * width : (u + 1) * width, u * width : (u + 1) * width] for u in range(units)])
+    columns = current.view(current.shape[0], units, width).permute(1, 2, 0)  # [units, width, d]
+    costs: torch.Tensor = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    return costs
+
+
+def _columns(units: torch.Tensor, width: int) -> torch.Tensor:
+    index: torch.Tensor = units[:, None] * width + torch.arange(width)
+    return index.flatten()
+
+
+def _inverse(
+    hessian: torch.Tensor, ridge: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype, what: str
+) -> torch.Tensor:
+    system = hessian[columns][:, columns].to(dtype)
+    system.diagonal().add_(ridge[columns].to(dtype))
+    inverse: torch.Tensor = torch.cholesky_inverse(factor(system, what))
+    return inverse

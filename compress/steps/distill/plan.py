@@ -1,0 +1,118 @@
+"""Plan of the distill step: shapes stay; what training costs in memory, and what cannot be trained. From headers."""
+
+from __future__ import annotations
+
+from compress.arch import Family, Sizes, family_of
+from compress.checkpoint.headers import DTYPE_BYTES, Header
+from compress.checkpoint.layout import files_bytes
+from compress.errors import UserError, did_you_mean
+from compress.losses import LOSSES
+from compress.steps.distill.options import DistillOptions
+from compress.steps.distill.precision import Precision, cpu_precision
+from compress.steps.types import Complain, PlanContext, StepPlan
+
+CHECKPOINTING = 4 * 2**30  # bytes of saved activations from which layers are computed twice instead
+TILES = 64 * 2**20  # a loss works in tiles of a few MiB (losses/forward_kl.py), several at a time
+
+
+def plan(before: Header, options: DistillOptions, context: PlanContext, complain: Complain) -> StepPlan | None:
+    """Complain about what cannot be trained; otherwise the output has the tensors and the config of the input."""
+    complaints = 0
+
+    def refuse(key: str, message: str, hint: str | None = None) -> None:
+        nonlocal complaints
+        complaints += 1
+        complain(key, message, hint)
+
+    if options.loss not in LOSSES:
+        refuse("loss", f"unknown loss '{options.loss}'{did_you_mean(options.loss, LOSSES)}")
+    if before.config.get("quantization_config"):
+        refuse("", "the model is already quantized; distil before quantizing")
+        return None
+    _check_teacher(before, context, refuse)
+    if complaints or context.teacher is None:
+        return None
+    sizes = context.family.sizes(before)
+    length = context.data["training"].length  # that the source can give such windows is checked for every recipe
+    twice = checkpointing(sizes, options.batch * length)
+    frozen = len(before.tensors) - len(trained(before, context.family))
+    notes = [f"layers are computed {'twice' if twice else 'once'}, because {_activation_note(sizes, options, length)}"]
+    if frozen:
+        notes.append(f"{frozen} tensors outside the text model are not trained and pass through unchanged")
+    return StepPlan(
+        kind="distill",
+        options=options,
+        before=before,
+        after=before.planned(before.config, before.tensors.values()),
+        parameters=sum(spec.parameters for spec in before.tensors.values()),
+        nbytes=files_bytes(before.tensors.values()),
+        memory=memory(before, context.teacher, context.family, options.batch * length),
+        notes=tuple(notes),
+    )
+
+
+def trained(header: Header, family: Family) -> tuple[str, ...]:
+    """Names on disk of what is trained: the text model and the output matrix."""
+    return tuple(name for name in header.tensors if name.startswith((f"{family.text}.", f"{family.head}.")))
+
+
+def activations(sizes: Sizes, tokens: int) -> int:
+    """Bytes that backward needs of the forward pass of `tokens` tokens, all layers, float32 or autocast."""
+    # Counted with torch.autograd.graph.saved_tensors_hooks on llama and glm4v layers under bf16 autocast and in
+    # float32: per token and layer 11 to 13 vectors of the hidden size, 4 to 5 of the FFN, 4 of the queries; at most
+    # 4 bytes a value. sdpa keeps no attention matrix.
+    return 4 * tokens * sizes.layers * (13 * sizes.hidden + 5 * sizes.ffn + 4 * sizes.heads * sizes.head_dim)
+
+
+def checkpointing(sizes: Sizes, tokens: int) -> bool:
+    """Whether layers are computed a second time in backward instead of keeping what it needs."""
+    return activations(sizes, tokens) > CHECKPOINTING
+
+
+def memory(before: Header, teacher: Header, family: Family, tokens: int) -> int:
+    """Estimated peak in bytes above interpreter and libraries, for batches of `tokens` tokens.
+
+    Student: 16 bytes a trained parameter (float32 weight, gradient and AdamW's two moments), 4 a frozen one. Twice the
+    embedding's gradient besides: with tied weights it is summed from two dense parts. Teacher: 2 bytes a parameter
+    if it is stored and computed in bf16, else 4. Activations, or with checkpointing one layer's and the layer inputs.
+    """
+    sizes = family.sizes(before)
+    learning = sum(before.tensors[name].parameters for name in trained(before, family))
+    frozen = sum(spec.parameters for spec in before.tensors.values()) - learning
+    embedding = 4 * sizes.vocab * sizes.hidden
+    precision = cpu_precision()
+    teaching = (
+        sum(spec.parameters for spec in teacher.tensors.values()) * DTYPE_BYTES[teacher_dtype(teacher, precision)]
+    )
+    kept = activations(sizes, tokens)
+    if checkpointing(sizes, tokens):
+        kept = kept // sizes.layers + 4 * tokens * sizes.layers * sizes.hidden
+    return 16 * learning + 4 * frozen + 2 * embedding + teaching + kept + TILES
+
+
+def teacher_dtype(teacher: Header, precision: Precision) -> str:
+    """The teacher is held in bf16 when it is stored and multiplied so, else in float32."""
+    return "BF16" if precision.autocast and teacher.dtype == "BF16" else "F32"
+
+
+def _activation_note(sizes: Sizes, options: DistillOptions, length: int) -> str:
+    size = activations(sizes, options.batch * length) / 2**30
+    return f"backward needs {size:.1f} GiB of a batch of {options.batch} x {length} (limit {CHECKPOINTING / 2**30:.0f})"
+
+
+def _check_teacher(before: Header, context: PlanContext, refuse: Complain) -> None:
+    teacher = context.teacher
+    if teacher is None:
+        refuse("", "distillation needs a teacher")
+        return
+    if teacher.config.get("quantization_config"):
+        refuse("", "the teacher is quantized", hint="name the original checkpoint as teacher")
+        return
+    try:
+        theirs = family_of(teacher).sizes(teacher).vocab
+    except UserError as error:
+        refuse("", f"the teacher's {error.message}", error.hint)
+        return
+    ours = context.family.sizes(before).vocab
+    if theirs != ours:
+        refuse("", f"the teacher has another vocabulary: {theirs} tokens, the model has {ours}")

@@ -1,0 +1,86 @@
+"""What every step shares: the plan it makes, the job it is given, the outcome it reports. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.arch import Family
+from compress.checkpoint.headers import Header
+from compress.data import DataSpec
+from compress.machine import Machine, Progress
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StepOptions(BaseModel):
+    """Base of a step's options: frozen, unknown keys refused. Field descriptions are the command's help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Complain(Protocol):
+    """Collects one complaint: the option at fault (`"ratio"`, or "" for the step), what is wrong, a hint."""
+
+    def __call__(self, key: str, message: str, hint: str | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a step's planner may look at besides the header of its input."""
+
+    family: Family
+    data: Mapping[str, DataSpec]  # calibration, training, evaluation
+    teacher: Header | None  # the distillation teacher's header; None when the plan has no distil step
+    threads: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step, planned from headers alone: the checkpoint before and after, its cost, and why.
+
+    `parameters` counts the model's parameters after the step (quantized or not); `nbytes` all shard files written;
+    `memory` the estimated peak above interpreter and libraries; `notes` are decisions with their reasons.
+    """
+
+    kind: str
+    options: StepOptions
+    before: Header
+    after: Header
+    parameters: int
+    nbytes: int
+    memory: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a step's `run` gets. `target` does not exist yet; the step writes it through `Writer`, whole or not at all."""
+
+    plan: StepPlan
+    family: Family
+    source: Path
+    target: Path
+    teacher: Path | None
+    data: Mapping[str, DataSpec]
+    seed: int
+    machine: Machine
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step reports: its deterministic part of the receipt, and what the self-check expects of the result.
+
+    `probe` holds token ids [B, L] and `logits` [B, L, vocab] (float32) that the written folder must give for them.
+    """
+
+    receipt: dict[str, Any]
+    probe: torch.Tensor
+    logits: torch.Tensor
+    measured: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The streaming executor: stock decoder layers, one at a time in memory, fed with all windows."""

@@ -1,0 +1,224 @@
+"""Run a checkpoint layer by layer with the stock transformers classes, one decoder layer in memory at a time.
+
+The stock model is built on the meta device, so its own config decides every shape; a layer's tensors are read, assigned
+to it, all windows pass through, and it is emptied again. Memory: one layer, the windows' hidden states, one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.arch import Family
+from compress.checkpoint.reader import Reader
+from compress.errors import UserError
+from compress.machine import Progress, Silent
+
+BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
+VOCAB_ROWS = 16384  # rows of the output matrix that are in memory at once
+
+# Makes the module that runs for one Linear: (reader, linear on meta, its full name, compute dtype) -> module. The
+# formats have one for every layout on disk; `plain_linear` reads `NAME.weight` as it is.
+LinearLoader = Callable[[Reader, nn.Linear, str, torch.dtype], nn.Module]
+
+
+def plain_linear(reader: Reader, linear: nn.Linear, name: str, dtype: torch.dtype) -> nn.Module:
+    """A stock nn.Linear with the stored weight (and bias)."""
+    assign(linear, "weight", reader.tensor(f"{name}.weight", dtype))
+    if linear.bias is not None:
+        assign(linear, "bias", reader.tensor(f"{name}.bias", dtype))
+    return linear
+
+
+def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put `value` in the place of a meta parameter; a shape the config did not imply is the user's to know."""
+    old = getattr(module, name)
+    if old.shape != value.shape:
+        raise UserError(
+            f"config.json implies shape {list(old.shape)} for '{name}' of {type(module).__name__}, "
+            f"found {list(value.shape)}"
+        )
+    setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def stock_model(config: Mapping[str, Any]) -> nn.Module:
+    """The stock transformers model of a raw config.json, on the meta device, in eval mode, with sdpa attention."""
+    import transformers
+    from transformers import AutoConfig
+
+    quiet_transformers()
+    raw = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        stock_config = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in raw.items() if k != "model_type"})
+    except Exception as error:  # strict dataclass validation: one type of its own per version
+        raise UserError(f"config.json: stock transformers refuses it: {_one_line(error)}") from error
+    name = (raw.get("architectures") or [None])[0]
+    model_class = getattr(transformers, str(name), None)
+    if model_class is None:
+        raise UserError(f"config.json: architectures names {name!r}, which stock transformers does not have")
+    stock_config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model: nn.Module = model_class(stock_config)
+    return model.eval()
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and advice out of our output; errors still raise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def compute_dtype(stored: str) -> tuple[torch.dtype, str]:
+    """The dtype layers run in for a checkpoint stored in `stored`, and why."""
+    if stored == "BF16":
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.bfloat16, "bfloat16, because the checkpoint is and this processor multiplies it natively"
+        return torch.float32, "float32, because this processor has no bfloat16 arithmetic"
+    if stored == "F16":
+        return torch.float32, "float32, because float16 is slow on a processor"
+    return torch.float32, "float32, as the checkpoint"
+
+
+class Stream:
+    """The decoder of one checkpoint folder, executed layer by layer in `dtype`.
+
+    `config` replaces the folder's own (a step that changes shapes runs its new layers under the planned config).
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        family: Family,
+        *,
+        dtype: torch.dtype,
+        linear: LinearLoader = plain_linear,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.reader, self.family, self.dtype, self._linear = reader, family, dtype, linear
+        self.model = stock_model(config or reader.header.config)
+        self.text = self.model.get_submodule(family.text)
+        self.layers = len(self._layer_list())
+        rotary = self.text.get_submodule("rotary_emb")
+        self._rotary = type(rotary)(config=rotary.config)  # its buffers, off the meta device
+
+    def _layer_list(self) -> nn.ModuleList:
+        layers = self.text.get_submodule("layers")
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [N, L, hidden] of `ids` [N, L]; only the rows that occur are read."""
+        name = f"{self.family.text}.embed_tokens.weight"
+        rows = self.reader.spec(name).shape[0]
+        if int(ids.max()) >= rows:
+            raise UserError(f"{self.reader.folder}: the tokenizer gives id {int(ids.max())}, the model has {rows} rows")
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        return self.reader.rows(name, unique.tolist(), self.dtype)[inverse]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index`, filled from disk; emptied again on exit."""
+        module = self._layer_list()[index]
+        originals = dict(module.named_modules())
+        prefix = self.family.prefix(index)
+        for name, child in originals.items():
+            if isinstance(child, nn.Linear):
+                module.set_submodule(name, self._linear(self.reader, child, prefix + name, self.dtype))
+            else:
+                for key, _ in list(child.named_parameters(recurse=False)):
+                    assign(child, key, self.reader.tensor(f"{prefix}{name}.{key}", self.dtype))
+        try:
+            yield module
+        finally:
+            for name, child in originals.items():
+                if isinstance(child, nn.Linear):
+                    module.set_submodule(name, child)
+            module.to("meta")
+
+    @contextmanager
+    def layer_from(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+        """Decoder layer `index` filled with `tensors` (names inside the layer) instead of the folder's."""
+        module = self._layer_list()[index]
+        module.load_state_dict({name: value.to(self.dtype) for name, value in tensors.items()}, assign=True)
+        module.requires_grad_(False)
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    @torch.no_grad()
+    def advance(self, layer: nn.Module, hidden: torch.Tensor, *, keep: bool = True) -> None:
+        """Pass hidden states [N, L, hidden] through one layer, in place; `keep=False` only for what hooks see."""
+        batch = max(1, BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, len(hidden), batch):
+            part = hidden[start : start + batch]
+            out = layer(part, attention_mask=None, position_embeddings=self._positions(part), use_cache=False)
+            if keep:
+                part.copy_(out if isinstance(out, torch.Tensor) else out[0])
+
+    def _positions(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin as the stock model computes them for text without padding."""
+        positions = torch.arange(hidden.shape[1]).expand(hidden.shape[0], -1)
+        if self.family.rope_axes > 1:
+            positions = positions.expand(self.family.rope_axes, -1, -1)
+        cos, sin = self._rotary(hidden, position_ids=positions)
+        return cos, sin
+
+    @torch.no_grad()
+    def hidden(self, ids: torch.Tensor, progress: Progress | None = None, label: str = "forward") -> torch.Tensor:
+        """Final hidden states [N, L, hidden], after the last norm: what the output matrix reads."""
+        hidden = self.embed(ids)
+        with (progress or Silent()).task(label, self.layers) as task:
+            for index in range(self.layers):
+                with self.layer(index) as layer:
+                    self.advance(layer, hidden)
+                task.advance()
+        return self.norm(hidden)
+
+    @torch.no_grad()
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The decoder's last norm, in place, batch by batch."""
+        norm = self.text.get_submodule("norm")
+        assign(norm, "weight", self.reader.tensor(f"{self.family.text}.norm.weight", self.dtype))
+        batch = max(1, BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, len(hidden), batch):
+            hidden[start : start + batch] = norm(hidden[start : start + batch])
+        return hidden
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Logits of normed hidden states [T, hidden] into `out` [T, vocab] float32, by blocks of the vocabulary."""
+        name = self.family.head_tensor(self.reader.header)
+        rows = self.reader.spec(name).shape[0]
+        wide = hidden.float()  # logits in float32: rounded to bfloat16 they would blur a KL divergence
+        for start in range(0, rows, VOCAB_ROWS):
+            block = self.reader.rows(name, slice(start, start + VOCAB_ROWS), torch.float32)
+            torch.mm(wide, block.T, out=out[:, start : start + len(block)])
+        return out
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [B, L, vocab] of a few windows: for probes and checks, not for corpora."""
+        return self.head_logits(self.hidden(ids))
+
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [B, L, vocab] of normed hidden states [B, L, hidden]."""
+        vocab = self.reader.spec(self.family.head_tensor(self.reader.header)).shape[0]
+        out = torch.empty(hidden.shape[0] * hidden.shape[1], vocab, dtype=torch.float32)
+        return self.head(hidden.flatten(0, 1), out).view(*hidden.shape[:2], vocab)
+
+
+def open_stream(folder: Path, family: Family, dtype: torch.dtype, linear: LinearLoader = plain_linear) -> Stream:
+    """A Stream over a folder whose reader lives as long as the stream."""
+    return Stream(Reader(folder), family, dtype=dtype, linear=linear)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

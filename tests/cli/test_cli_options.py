@@ -1,0 +1,220 @@
+"""Wrong input is one `error:` line on stderr and exit code 2; every other way to end has its own code and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress import cli
+from compress.commands.options import parse_size
+from compress.errors import GateError, MachineError, SelfCheckError, UserError
+from compress.recipe import Recipe, loads
+
+Main = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str]) -> Main:
+    """Runs the command line here: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(list(arguments))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["pruen"], "no such command 'pruen'; did you mean 'prune'?"),
+        (["prune", "m", "-o", "o", "--rato", "1"], "--rato: no such option; did you mean '--ratio'?"),
+        (["prune", "-o", "o"], "MODEL: missing, required"),
+        (["prune", "m"], "--output: missing, required"),
+        (["quantize", "m", "-o", "o"], "--format: missing, required"),
+        (["distill", "m", "-o", "o"], "--teacher: missing, required"),
+        (["prune", "m", "-o", "o", "extra"], "Got unexpected extra argument(s) (extra)"),
+        (["prune", "m", "-o", "o", "--ratio", "1"], "--ratio: found 1.0, allowed: a number above 0 and below 1"),
+        (["prune", "m", "-o", "o", "--ratio", "x"], "--ratio: found 'x', allowed: a number above 0 and below 1"),
+        (["prune", "m", "-o", "o", "--ratio", "nan"], "--ratio: found 'nan', allowed: a number above 0 and below 1"),
+        (["prune", "m", "-o", "o", "--keep-ffn", "8.5"], "--keep-ffn: found '8.5', allowed: a whole number above 0"),
+        (
+            ["prune", "m", "-o", "o", "--ffn", "2", "--damping", "0"],
+            "--ffn: found 2.0, allowed: a number above 0 and below 1; --damping: found 0.0, allowed: a number above 0",
+        ),
+        (["prune", "m", "-o", "o", "--samples", "0"], "--samples: found 0, allowed: a whole number above 0"),
+        (["prune", "m", "-o", "o", "--seed", "-1"], "--seed: found '-1', allowed: a whole number from 0 to 4294967295"),
+        (["prune", "m", "-o", "o", "--threads", "0"], "--threads: found '0', allowed: a whole number from 1 to 4096"),
+        (
+            ["prune", "m", "-o", "o", "--memory", "8gigs"],
+            "--memory: found '8gigs', allowed: a size such as 8GiB or 500MB",
+        ),
+        (["prune", "m", "-o", "o", "-q", "-v"], "-q and -v exclude each other"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["run", "demo", "--set", "steps.0.ratoi=1"], "--set steps.0.ratoi: unknown key; did you mean 'ratio'?"),
+    ],
+)
+def test_wrong_input_is_one_line(main: Main, arguments: list[str], line: str) -> None:
+    code, out, err = main(*arguments)
+    assert (code, out) == (2, "")
+    first, *rest = err.splitlines()
+    assert first.startswith(f"error: {line}")
+    assert all(other.startswith("hint: ") for other in rest) and len(rest) <= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a", "b"), 2, "error: a\nhint: b\n"),
+        (GateError("perplexity"), 3, "error: perplexity\n"),
+        (MachineError("disk"), 4, "error: disk\n"),
+        (SelfCheckError("not what was meant"), 1, "error: not what was meant\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (MemoryError(), 4, "error: out of memory (MemoryError)\nhint: fewer --samples or a smaller --length\n"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nmore"),
+            4,
+            "error: out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.)\n"
+            "hint: fewer --samples or a smaller --length\n",
+        ),
+        (OSError(28, "No space left on device", "out/x"), 4, "error: no space left for out/x\n"),
+        (
+            ZeroDivisionError("by zero"),
+            1,
+            "error: internal error: ZeroDivisionError: by zero (this is our bug; rerun with -v)\n",
+        ),
+    ],
+)
+def test_every_way_to_end_has_its_code_and_line(
+    main: Main, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    def fails(*arguments: Any, **keywords: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(_module("compress.inspect"), "inspect_model", fails)
+    assert main("inspect", "m") == (code, "", line)
+    assert "Traceback" not in main("inspect", "m")[2]
+
+
+def test_a_traceback_only_for_our_bugs_and_only_with_v(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **keywords: Any) -> None:
+        raise {"bug": ZeroDivisionError("x"), "user": UserError("x")}[str(arguments[0])]
+
+    monkeypatch.setattr(_module("compress.inspect"), "inspect_model", fails)
+    assert "Traceback" in main("inspect", "bug", "-v")[2]
+    assert main("inspect", "user", "-v")[2] == "error: x\n"
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Recipe, Path, dict[str, Any]]]:
+    """What the commands hand to `compress.run.run`, which does nothing here."""
+    calls: list[tuple[Recipe, Path, dict[str, Any]]] = []
+    module = _module("compress.run")
+
+    def run(recipe: Recipe, out: Path, machine: Any, **keywords: Any) -> Any:
+        calls.append((recipe, out, {"machine": machine, **keywords}))
+        stage = {"stage": "1-prune", "parameters": 1000, "bytes": 2048, "seconds": 1.0}
+        return module.Result(out, {"receipt": 1}, {"seconds": float("inf")}, (stage,))
+
+    monkeypatch.setattr(module, "run", run)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("o", "out/demo"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "recipe"),
+    [
+        (
+            ["prune", "m", "-o", "o", "--ratio", "1e-1", "--no-refit", "--samples", "8", "--seed", "3"],
+            "{model: m, seed: 3, evaluate: never, data: {calibration: {samples: 8}},"
+            " steps: [{prune: {ratio: 0.1, refit: false}}]}",
+        ),
+        (
+            ["distill", "m", "--teacher", "t", "-o", "o", "--max-steps", "5", "--data", "x.txt"],
+            "{model: m, teacher: t, evaluate: never, data: {training: x.txt}, steps: [{distill: {max_steps: 5}}]}",
+        ),
+        (
+            ["quantize", "m", "-o", "o", "--format", "bf16"],
+            "{model: m, evaluate: never, steps: [{quantize: {format: bf16}}]}",
+        ),
+    ],
+)
+def test_a_lone_command_is_a_recipe_with_one_step(
+    main: Main, ran: list[tuple[Recipe, Path, dict[str, Any]]], arguments: list[str], recipe: str
+) -> None:
+    code, out, err = main(*arguments, "--threads", "1", "--memory", "2GiB", "--overwrite")
+    assert (code, err) == (0, "")
+    [(made, folder, given)] = ran
+    assert made == loads(recipe)
+    assert folder == Path("o")
+    assert (given["machine"].threads, given["machine"].memory) == (1, 2 * 2**30)
+    assert (given["overwrite"], given["keep_work"], given["where"]) == (True, False, None)
+    assert "2.0 KiB" in out and "transformers.AutoModelForCausalLM.from_pretrained('o')" in out
+
+
+def test_run_writes_to_out_and_the_recipes_name(main: Main, ran: list[tuple[Recipe, Path, dict[str, Any]]]) -> None:
+    code, out, err = main("run", "demo", "--set", "steps.0.ratio=0.3", "--json")
+    assert (code, err) == (0, "")
+    [(made, folder, given)] = ran
+    assert folder == Path("out/demo")
+    assert made.steps[0].options.ratio == 0.3  # type: ignore[attr-defined]
+    assert given["where"].endswith("demo.yaml")
+    document = json.loads(out)
+    assert (document["out"], document["receipt"]) == ("out/demo", {"receipt": 1})
+    assert document["measured"] == {"seconds": None}  # JSON has no infinity
+
+
+def test_evaluate_does_not_replace_a_file_unasked(main: Main, tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    file.write_text("mine")
+    code, _, err = main("evaluate", "m", "-o", str(file))
+    assert (code, err.splitlines()[0]) == (2, f"error: {file}: exists already")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("8GiB", 2**33), ("8g", 2**33), ("500MB", 500_000_000), ("1.5 KiB", 1536), ("12", 12), ("7B", 7), ("1kib", 1024)],
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1G", "0", "8 gigs", "1e3"])
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(UserError, match="--memory"):
+        parse_size(text)
+
+
+def test_public_functions_are_not_shadowed_by_the_modules_of_their_name() -> None:
+    import compress
+
+    _module("compress.plan")
+    assert callable(compress.plan) and callable(compress.inspect) and callable(compress.run)
+    assert set(compress.__all__) <= set(dir(compress))
+    for name in compress.__all__:
+        assert callable(getattr(compress, name)), name
+
+
+def test_the_public_api_refuses_what_the_commands_refuse() -> None:
+    import compress
+
+    with pytest.raises(UserError, match="prune: ratoi: unknown key; did you mean 'ratio'"):
+        compress.prune("m", "o", ratoi=0.2)
+    with pytest.raises(UserError, match="data: samples: found 0, allowed: a whole number above 0"):
+        compress.evaluate("m", data={"samples": 0})
+
+
+def _module(name: str) -> Any:
+    """The module itself: `compress.run` as an attribute is the public function."""
+    import importlib
+
+    return importlib.import_module(name)

@@ -1,0 +1,295 @@
+"""Bad input, through the command line: one clear line, the right exit code, and OUT absent."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.cli import main
+from tests import tiny
+
+Breaker = Callable[[Path], None]
+
+
+def edit_config(**changes: object) -> Breaker:
+    def apply(model: Path) -> None:
+        path = model / "config.json"
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return apply
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Breaker:
+    def apply(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def truncate(model: Path) -> None:
+    shard = sorted(model.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def remove(pattern: str) -> Breaker:
+    def apply(model: Path) -> None:
+        found = sorted(model.glob(pattern))
+        assert found
+        for path in found:
+            path.unlink()
+
+    return apply
+
+
+def leave_the_folder(model: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    name = next(iter(value["weight_map"]))
+    value["weight_map"][name] = "../../etc/passwd"
+    index.write_text(json.dumps(value))
+
+
+def only_pickles(model: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def poison(name: str, value: float) -> Breaker:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[7] = value
+
+    return edit_weights(change)
+
+
+def drop(name: str) -> Breaker:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+
+    return edit_weights(change)
+
+
+def huge_header(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+# name -> (what is done to a good model, how many bytes a shard has, what the line must say)
+MODELS: dict[str, tuple[Breaker, str, list[str]]] = {
+    "truncated": (truncate, "5GB", ["model.safetensors", "truncated"]),
+    "truncated shard": (truncate, "100KB", ["model-00001", "truncated"]),
+    "missing shard": (remove("model-00002*"), "100KB", ["model-00002", "missing shard"]),
+    "path outside": (leave_the_folder, "100KB", ["index.json", "outside the folder"]),
+    "no tokenizer": (remove("tokenizer*"), "5GB", ["no tokenizer"]),
+    "no config": (remove("config.json"), "5GB", ["config.json", "not found"]),
+    "unknown family": (edit_config(model_type="llamma"), "5GB", ["llamma", "did you mean 'llama'"]),
+    "no family": (edit_config(model_type=None), "5GB", ["config.json", "model_type"]),
+    "other shapes": (edit_config(intermediate_size=112), "5GB", ["config.json implies", "112"]),
+    "more layers": (edit_config(num_hidden_layers=4), "5GB", ["model.layers.3", "missing"]),
+    "fewer layers": (edit_config(num_hidden_layers=2), "5GB", ["model.layers.2", "no place"]),
+    "heads not divisible": (edit_config(num_key_value_heads=3), "5GB", ["8", "3 KV heads"]),
+    "size is text": (edit_config(hidden_size="64"), "5GB", ["hidden_size", "whole number"]),
+    "tensor missing": (drop(DOWN), "5GB", [DOWN, "missing"]),
+    "NaN": (poison(DOWN, float("nan")), "5GB", [DOWN, "NaN"]),
+    "infinite": (poison("model.embed_tokens.weight", float("inf")), "5GB", ["model.embed_tokens.weight", "infinite"]),
+    "pickle only": (only_pickles, "5GB", ["pytorch_model.bin", "not read"]),
+    "huge header": (huge_header, "5GB", ["model.safetensors", "truncated or not safetensors"]),
+    "quantized": (edit_config(quantization_config={"quant_method": "gptq"}), "5GB", ["gptq"]),
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], out: Path, says: list[str], code: int = 2) -> str:
+    """Run; the exit code, one error line with every word of `says`, no traceback, no OUT, nothing half-written."""
+    before = sorted(p.name for p in out.parent.iterdir())
+    capsys.readouterr()
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, printed.err
+    assert "Traceback" not in printed.err
+    for word in says:
+        assert word in errors[0], errors[0]
+    assert not out.exists()
+    assert sorted(p.name for p in out.parent.iterdir()) == before
+    return errors[0]
+
+
+@pytest.mark.parametrize("fault", MODELS)
+def test_broken_models_are_refused(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    breaker, shard, says = MODELS[fault]
+    model = tiny.llama(tmp_path / "model", shard=shard)
+    breaker(model)
+    out = tmp_path / "results" / "out"
+    out.parent.mkdir()
+    arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
+    refused(capsys, arguments, out, says)
+
+
+PRUNE = {
+    "nothing to do": ([], ["nothing to prune"]),
+    "share 0": (["--ratio", "0"], ["--ratio", "above 0"]),
+    "share 1": (["--ffn", "1"], ["--ffn", "below 1"]),
+    "share is text": (["--ratio", "lots"], ["--ratio", "lots"]),
+    "both kinds": (["--ratio", "0.2", "--keep-ffn", "64"], ["--keep-ffn", "exclude"]),
+    "ratio and ffn": (["--ratio", "0.2", "--ffn", "0.3"], ["--ffn", "exclude"]),
+    "too many kept": (["--keep-ffn", "97"], ["--keep-ffn", "97", "96"]),
+    "uneven heads": (["--keep-heads", "5"], ["--keep-heads", "multiple of 2"]),
+    "heads that stock refuses": (["--heads", "0.25"], ["--heads", "6 does not divide 64", "4 and 8"]),
+    "heads round to none": (["--heads", "0.05"], ["--heads", "0.2500, 0.5000, 0.7500"]),
+    "rounds to nothing": (["--ratio", "0.01"], ["--ratio", "removes nothing"]),
+    "leaves nothing": (["--ffn", "0.99"], ["--ffn", "no FFN neurons"]),
+    "heads remove more": (["--ratio", "0.01", "--heads", "0.5"], ["--ratio", "heads alone remove"]),
+    "criterion": (["--ratio", "0.3", "--criterion", "wnada"], ["--criterion", "did you mean 'wanda'"]),
+    "unknown option": (["--ratoi", "0.3"], ["--ratoi", "--ratio"]),
+    "no data": (["--ratio", "0.3", "--data", "none.txt"], ["none.txt"]),
+    "unknown data": (["--ratio", "0.3", "--data", "bultin"], ["bultin", "builtin"]),
+    "too many samples": (["--ratio", "0.3", "--samples", "100000"], ["100000"]),
+}
+
+
+@pytest.mark.parametrize("fault", PRUNE)
+def test_prune_refuses(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options, says = PRUNE[fault]
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    refused(capsys, ["prune", str(model), "-o", str(out), *options, "-q"], out, says)
+
+
+def test_empty_and_short_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("A short text.")
+    (tmp_path / "broken.jsonl").write_text('{"text": "good"}\n{"texte": "bad"}\n')
+    out = tmp_path / "out"
+    for name, says in (("empty.txt", "empty"), ("short.txt", "tokens"), ("broken.jsonl", "line 2")):
+        arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--data", str(tmp_path / name), "-q"]
+        refused(capsys, arguments, out, [name, says])
+
+
+def test_glm_heads_are_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.glm4v(tmp_path / "model")
+    out = tmp_path / "out"
+    says = ["--heads", "head_dim", "FFN"]
+    refused(capsys, ["prune", str(model), "-o", str(out), "--heads", "0.5", "-q"], out, says)
+
+
+def test_quantized_models_go_no_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    small = tmp_path / "small"
+    assert main(["quantize", str(model), "-o", str(small), "--format", "int8", "-q"]) == 0
+    out = tmp_path / "out"
+    for arguments in (
+        ["prune", str(small), "--ratio", "0.3"],
+        ["distill", str(small), "--teacher", str(model)],
+        ["quantize", str(small), "--format", "w8a16"],
+    ):
+        refused(capsys, [*arguments, "-o", str(out), "-q"], out, ["quantized"])
+
+
+def test_formats_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    refused(capsys, ["quantize", str(model), "-o", str(out), "--format", "it8", "-q"], out, ["it8", "int8"])
+
+
+def test_fp16_overflow_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model", dtype=torch.bfloat16)
+    poison(DOWN, 1e6)(model)
+    out = tmp_path / "out"
+    for name in ("fp16", "int8"):
+        refused(capsys, ["quantize", str(model), "-o", str(out), "--format", name, "-q"], out, [DOWN, "overflow"])
+
+
+def test_a_teacher_with_another_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = tiny.llama(tmp_path / "student")
+    teacher = tiny.llama(tmp_path / "teacher", vocab_size=400)
+    out = tmp_path / "out"
+    arguments = ["distill", str(student), "--teacher", str(teacher), "-o", str(out), "-q"]
+    refused(capsys, arguments, out, ["384", "400"])
+
+
+def test_folders_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    work = ["--format", "bf16", "-q"]
+    refused(
+        capsys, ["quantize", str(tmp_path / "modle"), "-o", str(tmp_path / "out"), *work], tmp_path / "out", ["modle"]
+    )
+    inside = model / "out"
+    refused(capsys, ["quantize", str(model), "-o", str(inside), *work], inside, ["inside the source"])
+    there = tmp_path / "there"
+    there.mkdir()
+    assert main(["quantize", str(model), "-o", str(there), *work]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert list(there.iterdir()) == []
+
+
+def test_a_failed_gate_keeps_the_result_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    recipe = tmp_path / "strict.yaml"
+    recipe.write_text(
+        f"model: {model}\nsteps:\n- prune: {{ffn: 0.5}}\n"
+        "data:\n  calibration: {samples: 4, length: 64}\n  evaluation: {samples: 2, length: 64}\n"
+        "gates: {max_kl: 0.000001, max_parameters: 10}\n"
+    )
+    out = tmp_path / "out"
+    assert main(["run", str(recipe), "-o", str(out), "-q"]) == 3
+    error = capsys.readouterr().err
+    assert "max_kl" in error and "max_parameters" in error and "out.rejected" in error
+    assert not out.exists()
+    assert (tmp_path / "out.rejected" / "receipt.json").exists()
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_failed_self_check_is_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted fault: one matrix is written upside down, which no shape can show."""
+    from compress.checkpoint.writer import Writer
+
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    put = Writer.put
+
+    def planted(self: Writer, name: str, value: torch.Tensor) -> None:
+        put(self, name, value.flip(0) if name.endswith("layers.1.mlp.up_proj.weight") else value)
+
+    monkeypatch.setattr(Writer, "put", planted)
+    arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
+    refused(capsys, arguments, out, ["logits", "differ"], code=1)
+
+
+def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    written = 0
+    real = os.pwrite
+
+    def limited(descriptor: int, data: bytes, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 200_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", limited)
+    arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
+    refused(capsys, arguments, out, ["disk is full"], code=4)
+
+
+def test_too_little_memory_is_known_before_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--memory", "1MiB", "-q"]
+    refused(capsys, arguments, out, ["memory"], code=4)

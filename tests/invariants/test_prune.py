@@ -1,0 +1,133 @@
+"""Properties of pruning, through the front door, for both families: what was cut is what was masked, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.arch import family_of
+from compress.checkpoint.headers import read_header
+from compress.data import DataSpec
+from compress.machine import Machine
+from compress.recipe import Recipe
+from compress.run import run
+from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.surgery import mask
+from tests import tiny
+from tests.stock import load, logits
+
+CUTS = {
+    "llama-ffn": ("llama", {"ffn": 0.4}),
+    "llama-heads": ("llama", {"heads": 0.5}),
+    "llama-both": ("llama", {"ratio": 0.4, "heads": 0.5}),
+    "glm4v-ffn": ("glm4v", {"ffn": 0.4}),
+}
+DATA = DataSpec(source="builtin", samples=6, length=64)
+
+
+def prune(model: Path, out: Path, **options: object) -> Path:
+    recipe = Recipe.single("prune", str(model), PruneOptions(**options), data=DATA)
+    return run(recipe, out, Machine(1)).out
+
+
+def masked_weights(source: Path, out: Path) -> dict[str, torch.Tensor]:
+    """The source's tensors with every unit silenced that `out` says it does not keep."""
+    tensors = load_file(source / "model.safetensors")
+    scores = load_file(out / "sensitivity" / "1-prune" / "importance.safetensors")
+    header = read_header(source)
+    family = family_of(header)
+    sizes = family.sizes(header)
+    for index in range(sizes.layers):
+        prefix = family.prefix(index)
+        layer = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        for group in family.groups(sizes, header.text_config):
+            if f"layers.{index}.{group.name}.keep" not in scores:
+                continue
+            keep = set(scores[f"layers.{index}.{group.name}.keep"].tolist())
+            gone = torch.tensor([unit for unit in range(group.units) if unit not in keep])
+            assert len(gone) and len(keep)
+            layer = mask(layer, group, gone)
+        tensors |= {prefix + name: value for name, value in layer.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cutting_is_masking(cut: str, tmp_path: Path) -> None:
+    family, options = CUTS[cut]
+    source = getattr(tiny, family)(tmp_path / "source")
+    out = prune(source, tmp_path / "out", refit=False, **options)
+    masked = load(source)
+    missing = masked.load_state_dict(masked_weights(source, out), strict=False)
+    assert not missing.unexpected_keys
+    inputs = [{"input_ids": torch.arange(40)[None]}]
+    if family == "glm4v":
+        inputs.append(tiny.image_inputs())
+    small = load(out)
+    for given in inputs:
+        torch.testing.assert_close(logits(small, given), logits(masked, given), rtol=1e-5, atol=1e-5)
+        # the units did something: without them the model is another one
+        assert not torch.allclose(logits(masked, given), logits(load(source), given), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "glm4v"])
+def test_keeping_all_units_keeps_the_bytes(family: str, tmp_path: Path) -> None:
+    source = getattr(tiny, family)(tmp_path / "source", dtype=torch.bfloat16)
+    sizes = family_of(read_header(source)).sizes(read_header(source))
+    out = prune(source, tmp_path / "out", keep_ffn=sizes.ffn, keep_heads=sizes.heads)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "obs", "magnitude"])
+def test_the_refit_lowers_the_error_of_every_layer(criterion: str, tmp_path: Path) -> None:
+    from compress.receipt import load_receipt
+
+    source = tiny.llama(tmp_path / "source")
+    out = prune(source, tmp_path / "out", ratio=0.4, heads=0.5, criterion=criterion)
+    for layer in load_receipt(out)["steps"][0]["relative_output_error"]:
+        assert set(layer) == {"heads", "ffn"}
+        for errors in layer.values():
+            assert 0 < errors["error"] < errors["error_without_refit"]
+
+
+def test_heads_go_equally_from_every_kv_group(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "source")
+    out = prune(source, tmp_path / "out", keep_heads=4)
+    scores = load_file(out / "sensitivity" / "1-prune" / "importance.safetensors")
+    for index in range(3):
+        keep = scores[f"layers.{index}.heads.keep"]
+        assert [int((keep // 4 == group).sum()) for group in range(2)] == [2, 2]
+
+
+def test_vision_passes_through_byte_for_byte(tmp_path: Path) -> None:
+    source = tiny.glm4v(tmp_path / "source", dtype=torch.bfloat16)
+    out = prune(source, tmp_path / "out", ffn=0.5)
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    vision = [name for name in before if name.startswith("model.visual.")]
+    assert len(vision) > 10
+    for name in vision:
+        assert torch.equal(before[name], after[name]), name
+
+
+def test_sharded_and_unsharded_sources_give_the_same_weights(tmp_path: Path) -> None:
+    whole = tiny.llama(tmp_path / "whole")
+    shards = tiny.llama(tmp_path / "shards", shard="100KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    first = load_file(prune(whole, tmp_path / "a", ratio=0.3) / "model.safetensors")
+    second = load_file(prune(shards, tmp_path / "b", ratio=0.3) / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_wide_modules_solve_in_float32_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.solve
+
+    source = tiny.llama(tmp_path / "source")
+    double = load_file(prune(source, tmp_path / "a", ratio=0.3) / "model.safetensors")
+    monkeypatch.setattr(compress.solve, "DOUBLE_UP_TO", 0)
+    single = load_file(prune(source, tmp_path / "b", ratio=0.3) / "model.safetensors")
+    for name, value in double.items():
+        torch.testing.assert_close(single[name], value, rtol=5e-3, atol=5e-4)

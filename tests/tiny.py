@@ -1,0 +1,137 @@
+"""Pico models built in code: one function a family, each saving a stock checkpoint folder with a small tokenizer.
+
+Weights are random but of realistic spread (a few large input channels), so that importance differs between units.
+Run as a module to make the model that recipes/glm4v-tiny-ci.yaml compresses: python -m tests.tiny glm4v out/glm4v-tiny
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCAB = 384
+IMAGE_TOKEN = 300
+
+
+def llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
+    """hidden 64, 3 layers, 8 heads / 2 KV heads, FFN 96; keyword arguments go to LlamaConfig."""
+    config = LlamaConfig(
+        **{
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 96,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 512,
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+            "pad_token_id": 257,
+            **sizes,
+        }
+    )
+    return _save(LlamaForCausalLM(config), folder, seed, dtype, shard)
+
+
+def glm4v(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
+    """Text: hidden 64, 2 layers, 8 heads / 2 KV heads, FFN 128; a vision tower of 2 layers. Keywords: text sizes."""
+    text = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [1, 1, 0],
+            "partial_rotary_factor": 0.5,
+        },
+        "pad_token_id": 257,
+        "eos_token_id": 257,
+        **sizes,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "out_hidden_size": text["hidden_size"],
+        "image_size": 56,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    config = Glm4vConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        image_start_token_id=301,
+        image_end_token_id=302,
+        video_token_id=303,
+        video_start_token_id=304,
+        video_end_token_id=305,
+        tie_word_embeddings=False,
+    )
+    return _save(Glm4vForConditionalGeneration(config), folder, seed, dtype, shard)
+
+
+def image_inputs(seed: int = 0) -> dict[str, torch.Tensor]:
+    """One 56 x 56 image (4 x 4 patches, merged to 4 tokens) inside a prompt of 20 tokens, for the glm4v pico model."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 250, (1, 20), generator=generator)
+    ids[0, 4:10] = torch.tensor([301, IMAGE_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN, 302])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
+        "pixel_values": torch.randn(16, 3 * 2 * 14 * 14, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
+def _save(model: PreTrainedModel, folder: Path, seed: int, dtype: torch.dtype, shard: str) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in sorted(model.named_parameters()):
+            if value.ndim == 1:
+                centre = 1.0 if "norm" in name else 0.0
+                value.copy_(centre + 0.1 * torch.randn(value.shape, generator=generator))
+            else:
+                fan_in = value[0].numel()
+                spread = torch.exp(0.5 * torch.randn(value.shape[-1], generator=generator))
+                value.copy_(torch.randn(value.shape, generator=generator) * spread * (1.0 / fan_in) ** 0.5)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: 256 bytes, bos, eos and the vision marks of glm4v."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in ("<bos>", "<eos>")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+
+
+if __name__ == "__main__":
+    kind, target = sys.argv[1:]
+    print({"llama": llama, "glm4v": glm4v}[kind](Path(target)))

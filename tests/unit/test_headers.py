@@ -1,0 +1,201 @@
+"""read_header refuses every folder that a later step could not read, with one line that names the file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.checkpoint.headers import INDEX, SINGLE, Header, read_header
+from compress.errors import UserError
+
+
+def safetensors(entries: dict[str, Any] | bytes, data: bytes) -> bytes:
+    head = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(head)) + head + data
+
+
+def entry(start: int, stop: int, shape: list[int] | None = None, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [(stop - start) // 4] if shape is None else shape, "data_offsets": [start, stop]}
+
+
+def single(folder: Path, entries: dict[str, Any] | bytes, nbytes: int) -> Path:
+    (folder / "config.json").write_text("{}")
+    (folder / SINGLE).write_bytes(safetensors(entries, bytes(nbytes)))
+    return folder
+
+
+def sharded(folder: Path, weight_map: Any = None) -> Path:
+    """Two shards, `a` and `b` of two floats each."""
+    (folder / "config.json").write_text("{}")
+    (folder / "one.safetensors").write_bytes(safetensors({"a": entry(0, 8)}, bytes(8)))
+    (folder / "two.safetensors").write_bytes(safetensors({"b": entry(0, 8)}, bytes(8)))
+    both = {"a": "one.safetensors", "b": "two.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": both if weight_map is None else weight_map}))
+    return folder
+
+
+def complaint(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_header(folder)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def test_a_whole_folder_is_read(tmp_path: Path) -> None:
+    header = read_header(sharded(tmp_path))
+    assert {name: (t.shape, t.nbytes) for name, t in header.tensors.items()} == {"a": ((2,), 8), "b": ((2,), 8)}
+    where = header.locations["b"]
+    assert where.file.name == "two.safetensors"
+    assert where.offset == where.file.stat().st_size - 8
+    assert header.nbytes == 16
+
+
+def test_empty_and_scalar_tensors_are_fine(tmp_path: Path) -> None:
+    header = read_header(single(tmp_path, {"none": entry(0, 0, [0, 7]), "scalar": entry(0, 4, [])}, 4))
+    assert header.tensors["none"].nbytes == 0
+    assert header.tensors["scalar"].shape == ()
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert complaint(tmp_path / "absent") == f"{tmp_path / 'absent'}: no such folder"
+
+
+def test_no_config(tmp_path: Path) -> None:
+    assert complaint(tmp_path) == f"{tmp_path / 'config.json'}: not found"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '"x"', "\xff\xfe", "[" * 100_000])
+def test_broken_config(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    assert "config.json" in complaint(tmp_path)
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert complaint(tmp_path) == f"{tmp_path}: no {SINGLE} and no {INDEX}"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_only_pickles(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"\x80\x04")
+    assert f"only pickled weights ({name})" in complaint(tmp_path)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    (sharded(tmp_path) / "two.safetensors").unlink()
+    assert complaint(tmp_path) == f"{tmp_path / 'two.safetensors'}: missing shard"
+
+
+@pytest.mark.parametrize("left", [0, 5, 8, 40, -1])
+def test_truncated_shard(tmp_path: Path, left: int) -> None:
+    shard = sharded(tmp_path) / "two.safetensors"
+    shard.write_bytes(shard.read_bytes()[:left])
+    assert complaint(tmp_path).startswith(f"{shard}: truncated")
+
+
+def test_trailing_bytes(tmp_path: Path) -> None:
+    shard = sharded(tmp_path) / "one.safetensors"
+    shard.write_bytes(shard.read_bytes() + b"\0")
+    assert complaint(tmp_path).startswith(f"{shard}: trailing bytes")
+
+
+@pytest.mark.parametrize("name", ["../two.safetensors", "/etc/passwd", "..", ".", "", "sub/two.safetensors", "t\0wo"])
+def test_index_naming_a_path_outside(tmp_path: Path, name: str) -> None:
+    sharded(tmp_path, {"a": "one.safetensors", "b": name})
+    assert f"{name!r}, which is outside the folder" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [{}, [], "x", {"a": 1}, {"a": None}])
+def test_index_without_a_map(tmp_path: Path, weight_map: Any) -> None:
+    assert "'weight_map'" in complaint(sharded(tmp_path, weight_map))
+
+
+def test_index_that_contradicts_the_shards(tmp_path: Path) -> None:
+    sharded(tmp_path, {"a": "two.safetensors", "b": "one.safetensors"})
+    assert "which does not hold it" in complaint(tmp_path)
+
+
+def test_index_with_a_tensor_no_shard_holds(tmp_path: Path) -> None:
+    sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"})
+    assert complaint(tmp_path).endswith("says that 'c' is in two.safetensors, which does not hold it")
+
+
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / "two.safetensors").write_bytes(safetensors({"a": entry(0, 8)}, bytes(8)))
+    assert complaint(tmp_path) == f"{tmp_path / 'two.safetensors'}: tensor 'a' stands in one.safetensors as well"
+
+
+@pytest.mark.parametrize(
+    ("entries", "nbytes"),
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, 12),  # overlap
+        ({"a": entry(0, 8), "b": entry(12, 20)}, 20),  # gap
+        ({"a": entry(4, 12)}, 12),  # gap at the start
+        ({"a": entry(0, 8), "b": entry(0, 8)}, 8),  # two names for the same bytes
+    ],
+)
+def test_overlaps_and_gaps(tmp_path: Path, entries: dict[str, Any], nbytes: int) -> None:
+    assert "does not start where the one before it ends" in complaint(single(tmp_path, entries, nbytes))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (entry(0, 8, [-2]), "whole numbers"),
+        (entry(0, 8, [-1, -2]), "whole numbers"),
+        ({**entry(0, 8), "data_offsets": [-8, 0]}, "whole numbers"),
+        (entry(0, 8, [2.0]), "whole numbers"),  # type: ignore[list-item]
+        (entry(0, 8, [True, 2]), "whole numbers"),
+        (entry(0, 8, ["2"]), "whole numbers"),  # type: ignore[list-item]
+        (entry(0, 8, [3]), "needs 12 bytes, has 8"),
+        (entry(0, 8, [10**30]), "has 8"),
+        ({**entry(0, 8), "data_offsets": [8, 0]}, "has -8"),
+        (entry(0, 8, [2], "Q3"), "unknown dtype 'Q3'"),
+        ({**entry(0, 8), "dtype": ["F32"]}, "broken safetensors header"),
+        ({**entry(0, 8), "data_offsets": [0]}, "broken safetensors header"),
+        ({**entry(0, 8), "shape": 2}, "broken safetensors header"),
+        ({"dtype": "F32", "shape": [2]}, "broken safetensors header"),
+        ([], "broken safetensors header"),
+        (None, "broken safetensors header"),
+    ],
+)
+def test_wrong_entries(tmp_path: Path, value: Any, words: str) -> None:
+    assert words in complaint(single(tmp_path, {"a": value}, 8))
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"garbage!", b"[1, 2]", b"\xff\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_garbage_header(tmp_path: Path, head: bytes) -> None:
+    assert "broken safetensors header" in complaint(single(tmp_path, head, 8))
+
+
+def test_header_length_beyond_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", 2**63) + b"{}")
+    assert "truncated or not safetensors" in complaint(tmp_path)
+
+
+def test_weights_that_are_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / SINGLE).mkdir()
+    assert SINGLE in complaint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda f: single(f, {"a": entry(0, 8, [4], "BF16"), "b": entry(8, 12)}, 12), "BF16"),
+        (lambda f: single(f, {"a": entry(0, 8, [8], "I8"), "b": entry(8, 12)}, 12), "F32"),
+    ],
+)
+def test_dtype_is_the_float_that_holds_most_bytes(tmp_path: Path, make: Callable[[Path], Path], expected: str) -> None:
+    header: Header = read_header(make(tmp_path))
+    assert header.dtype == expected
