@@ -60,7 +60,7 @@ def _quality(receipt: dict[str, Any]) -> list[str]:
         return ["Its quality was not measured.", ""]
     data = receipt["recipe"]["data"]["evaluation"]["source"]
     rows = [
-        f"Measured on `{data}` (text disjoint from calibration and training when it is `builtin`), against the base model:",
+        f"Measured on `{data}` (when `builtin`: disjoint from calibration and training), against the base model:",
         "",
         "| stage | perplexity | ratio | KL (nats) | top-1 agreement |",
         "|---|---:|---:|---:|---:|",

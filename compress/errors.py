@@ -35,9 +35,13 @@ class UserError(CompressError):
 
 
 class GateError(CompressError):
-    """A quality gate or a verification failed."""
+    """A quality gate or a verification failed; `result` is what a run measured all the same, where there is one."""
 
     exit_code = GATE
+
+    def __init__(self, message: str, hint: str | None = None, result: object = None) -> None:
+        super().__init__(message, hint)
+        self.result = result
 
 
 class MachineError(CompressError):

@@ -113,13 +113,13 @@ class _Run:
         self._describe(folder, receipt)
         target = self.out if not failed else self.out.with_name(self.out.name + ".rejected")
         _publish(folder, target, replace_old=self.overwrite or bool(failed))
+        result = Result(target, receipt, self.measured, tuple(self._rows()))
         if failed:
-            raise GateError(
-                f"{failed[0]}; the result lies in {target}"
-                if len(failed) == 1
-                else "\n".join([f"{len(failed)} gates failed; the result lies in {target}", *failed])
-            )
-        return Result(target, receipt, self.measured, tuple(self._rows()))
+            head = f"{failed[0]}; the result lies in {target}"
+            if len(failed) > 1:
+                head = "\n".join([f"{len(failed)} gates failed; the result lies in {target}", *failed])
+            raise GateError(head, result=result)
+        return result
 
     def _step(self, index: int, step: StepPlan, source: Path) -> Path:
         name = f"{index + 1}-{step.kind}"

@@ -115,7 +115,8 @@ def _told_in_one_line(repository: str, revision: str | None) -> Iterator[None]:
             raise UserError(
                 f"{repository}: no folder here, and not complete in the hub's cache; HF_HUB_OFFLINE forbids to fetch it"
             ) from None
-        raise MachineError(f"{repository}: the hub cannot be reached ({type(error.__cause__).__name__})") from None
+        cause = type(error.__cause__).__name__
+        raise MachineError(f"{repository}: no folder here, and the hub cannot be reached ({cause})") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(f"{repository}: fetching failed: the disk is full") from None

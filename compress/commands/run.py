@@ -16,6 +16,7 @@ from compress.commands.options import (
     ScreenFlags,
     flat,
 )
+from compress.errors import GateError
 from compress.recipe import Recipe, find, load
 from compress.steps import STEPS
 from compress.steps.types import StepOptions
@@ -65,16 +66,22 @@ def run_recipe(
 ) -> None:
     """Run `recipe` into `out` and print the result. `where` names the recipe in messages; None: they name flags."""
     screen, limits = show.screen(), machine.machine()
+    from compress.run import Result
     from compress.run import run as carry_out
 
-    with screen:
-        result = carry_out(
-            recipe,
-            out,
-            limits,
-            overwrite=place.overwrite,
-            keep_work=place.keep_work,
-            progress=screen.progress,
-            where=where,
-        )
+    try:
+        with screen:
+            result = carry_out(
+                recipe,
+                out,
+                limits,
+                overwrite=place.overwrite,
+                keep_work=place.keep_work,
+                progress=screen.progress,
+                where=where,
+            )
+    except GateError as failed:
+        if isinstance(failed.result, Result):
+            screen.result(failed.result)  # the numbers that the gate looked at
+        raise
     screen.result(result)

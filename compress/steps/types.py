@@ -60,7 +60,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Job:
-    """What a step's `run` gets. `target` does not exist yet; the step writes it through `Writer`, whole or not at all."""
+    """What a step's `run` gets. `target` does not exist yet: the step writes it through `Writer`, whole or not."""
 
     plan: StepPlan
     family: Family

@@ -1,4 +1,4 @@
-"""Properties of pruning, through the front door, for both families: what was cut is what was masked, and nothing else."""
+"""Properties of pruning, through the front door, for both families: what was cut is what was masked, no more."""
 
 from __future__ import annotations
 

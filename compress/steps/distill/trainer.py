@@ -70,8 +70,6 @@ class Distiller(Trainer):
             per_device_train_batch_size=options.batch,
             train_sampling_strategy="sequential",
             max_grad_norm=options.max_grad_norm,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
             seed=seed,
             use_cpu=True,
             report_to="none",
@@ -81,6 +79,11 @@ class Distiller(Trainer):
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        if checkpointing:
+            # renamed in transformers 5; the old name warns where the new one exists
+            model: Any = student.model
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         optimizer = adamw(student.model, options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps, round(options.warmup * steps)))
         super().__init__(
@@ -119,8 +122,9 @@ class Distiller(Trainer):
             compute=torch.bfloat16 if self._autocast else None,
         )
         if not torch.isfinite(value):
+            where = f"step {len(self.losses) + 1} (learning rate {self._rate()[0]:.3g})"
             raise UserError(
-                f"distill: the loss is {value.item()} at step {len(self.losses) + 1} (learning rate {self._rate()[0]:.3g})",
+                f"distill: the loss is {value.item()} at {where}",
                 hint="lower learning_rate or max_grad_norm",
             )
         self.losses.append(value.item())

@@ -10,6 +10,7 @@ from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.criteria import CRITERIA
 from compress.errors import did_you_mean
+from compress.formats import PLAIN
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain, PlanContext, StepPlan
 
@@ -59,7 +60,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         options=options,
         before=before,
         after=after,
-        parameters=sum(spec.parameters for spec in after.tensors.values()),
+        parameters=PLAIN.parameters(after, family),
         nbytes=files_bytes(after.tensors.values()),
         memory=_memory(sizes, keep, context, before),
         notes=(f"{share:.2%} of the decoder layers' matrix parameters go", *_notes(options, sizes, keep, context)),

@@ -53,7 +53,7 @@ def run(job: Job) -> Outcome:
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         chosen, logits = pruner.run(ids, probe_ids, writer)
         for name in plan.after.tensors:
-            if not name.startswith(f"{job.family.text}.layers."):
+            if name not in pruner.written:
                 writer.copy(reader, name)
         writer.config(plan.after.config, job.source)
         writer.carry(job.source)
@@ -88,6 +88,7 @@ class _Pruner:
         sizes = family.sizes(plan.before)
         self.groups = [g for g in family.groups(sizes, plan.before.text_config) if plan.keep[g.name] < g.units]
         self.names = tuple(family.layer(sizes, plan.before.text_config))
+        self.written: set[str] = set()
 
     def run(
         self, ids: torch.Tensor, probe_ids: torch.Tensor, writer: Writer
@@ -106,6 +107,7 @@ class _Pruner:
                 chosen.append(picked)
                 for name, value in tensors.items():
                     writer.put(prefix + name, value)
+                    self.written.add(prefix + name)
                 if hidden is not None and index + 1 < self.before.layers:
                     with self.after.layer_from(index, tensors) as layer:
                         self.after.advance(layer, hidden)
