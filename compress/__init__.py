@@ -11,9 +11,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import distill, evaluate, inspect, plan, prune, quantize, run
+    from compress.api import Evaluation, Inspection, distill, evaluate, inspect, plan, prune, quantize, run
+    from compress.machine import Machine
+    from compress.plan import Plan
     from compress.receipt import load_receipt
     from compress.recipe import Recipe
+    from compress.run import Result
     from compress.sensitivity import Sensitivity, load_sensitivity
 
     __version__: str
@@ -28,12 +31,22 @@ _PUBLIC = {
     "evaluate": "compress.api",
     "load_receipt": "compress.receipt",
     "load_sensitivity": "compress.sensitivity",
+    "Evaluation": "compress.api",
+    "Inspection": "compress.api",
+    "Machine": "compress.machine",
+    "Plan": "compress.plan",
     "Recipe": "compress.recipe",
+    "Result": "compress.run",
     "Sensitivity": "compress.sensitivity",
 }
 
 __all__ = [
+    "Evaluation",
+    "Inspection",
+    "Machine",
+    "Plan",
     "Recipe",
+    "Result",
     "Sensitivity",
     "distill",
     "evaluate",

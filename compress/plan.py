@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from compress.arch import Family, family_of
 from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.source import Source, locate
 from compress.data import DataSpec, Part, check
 from compress.errors import MachineError, UserError
@@ -101,6 +102,7 @@ def make_plan(
     progress: Progress | None = None,
     where: str | None = "recipe",
     out: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """Plan `recipe`. `where` names the recipe in messages; None: a lone command, whose messages name flags.
 
@@ -115,7 +117,7 @@ def make_plan(
     complaints.finish()
     teacher, teacher_header = _teacher(recipe, source, before, progress, complaints)
     _check_data(recipe, source.folder, complaints)
-    context = PlanContext(family, _data(recipe), teacher_header, machine.threads)
+    context = PlanContext(family, _data(recipe), teacher_header, machine.threads, shard_bytes)
     steps = _plan_steps(recipe, before, context, complaints)
     complaints.finish()
     memory = max((step.memory for step in steps), default=0)

@@ -22,6 +22,7 @@ from compress import receipt as receipts
 from compress.card import model_card
 from compress.check import self_check
 from compress.checkpoint.headers import read_header
+from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.source import Source
 from compress.checkpoint.writer import sync
 from compress.errors import GateError, UserError
@@ -62,6 +63,7 @@ def run(
     keep_work: bool = False,
     progress: Progress | None = None,
     where: str | None = "recipe",
+    shard_bytes: int = SHARD_BYTES,
 ) -> Result:
     """Run `recipe` into the folder `out`.
 
@@ -70,22 +72,30 @@ def run(
     """
     progress = progress or Silent()
     _check_out(out, overwrite)
-    plan = make_plan(recipe, machine, progress=progress, where=where, out=out)
+    plan = make_plan(recipe, machine, progress=progress, where=where, out=out, shard_bytes=shard_bytes)
     _check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
     torch.set_num_threads(machine.threads)
     return_freed_memory()
     with _work_folder(out, keep_work) as work:
-        return _Run(plan, out, work, machine, overwrite, keep_work, progress).finish()
+        return _Run(plan, _Place(out, work, overwrite, keep_work, shard_bytes), machine, progress).finish()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run works and where its result goes."""
+
+    out: Path
+    work: Path
+    overwrite: bool
+    keep_work: bool
+    shard_bytes: int
 
 
 class _Run:
     """One execution; the state that its phases share."""
 
-    def __init__(
-        self, plan: Plan, out: Path, work: Path, machine: Machine, overwrite: bool, keep_work: bool, progress: Progress
-    ) -> None:
-        self.plan, self.recipe, self.out, self.work = plan, plan.recipe, out, work
-        self.machine, self.progress, self.overwrite, self.keep_work = machine, progress, overwrite, keep_work
+    def __init__(self, plan: Plan, place: _Place, machine: Machine, progress: Progress) -> None:
+        self.plan, self.recipe, self.place, self.machine, self.progress = plan, plan.recipe, place, machine, progress
         self.stages: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
         self.measured: dict[str, Any] = {"steps": []}
@@ -111,8 +121,8 @@ class _Run:
         receipt = self._receipt(folder, failed)
         self.measured |= receipts.measured_host(self.machine, started)
         self._describe(folder, receipt)
-        target = self.out if not failed else self.out.with_name(self.out.name + ".rejected")
-        _publish(folder, target, replace_old=self.overwrite or bool(failed))
+        target = self.place.out if not failed else self.place.out.with_name(self.place.out.name + ".rejected")
+        _publish(folder, target, replace_old=self.place.overwrite or bool(failed))
         result = Result(target, receipt, self.measured, tuple(self._rows()))
         if failed:
             head = f"{failed[0]}; the result lies in {target}"
@@ -123,12 +133,23 @@ class _Run:
 
     def _step(self, index: int, step: StepPlan, source: Path) -> Path:
         name = f"{index + 1}-{step.kind}"
-        target = self.work / name
+        target = self.place.work / name
         step = replace(step, before=read_header(source))  # as planned, now with the places of its bytes
         self.progress.note(f"{name}: {step.kind}")
         data = {part: getattr(self.recipe.data, part) for part in ("calibration", "training", "evaluation")}
         teacher = self.plan.teacher.folder if self.plan.teacher else None
-        job = Job(step, self.plan.family, source, target, teacher, data, self.recipe.seed, self.machine, self.progress)
+        job = Job(
+            plan=step,
+            family=self.plan.family,
+            source=source,
+            target=target,
+            teacher=teacher,
+            data=data,
+            seed=self.recipe.seed,
+            machine=self.machine,
+            progress=self.progress,
+            shard_bytes=self.place.shard_bytes,
+        )
         before, start = resident_memory(), time.time()
         reset_peak_memory()
         outcome = STEPS[step.kind].load()(job)
@@ -147,7 +168,7 @@ class _Run:
         )
         self.steps.append(receipts.step_part(name, step, outcome.receipt, checked))
         _keep_scores(target, source)
-        if index and not self.keep_work:
+        if index and not self.place.keep_work:
             shutil.rmtree(source)
         last = index + 1 == len(self.plan.steps)
         if self.recipe.evaluate == "each" or (self.recipe.evaluate == "last" and last):
@@ -165,6 +186,7 @@ class _Run:
         return receipts.assemble(
             plan=self.plan,
             threads=self.machine.threads,
+            shard_bytes=self.place.shard_bytes,
             steps=self.steps,
             stages=self.stages,
             evaluation_digest=self.evaluator.tokens.digest if self.evaluator else None,

@@ -79,6 +79,10 @@ class Header:
         """Bytes of all tensors (the files add their headers)."""
         return sum(t.nbytes for t in self.tensors.values())
 
+    def stored_bytes(self) -> int:
+        """Bytes of the files that hold the tensors, as they lie on disk: headers included."""
+        return sum(file.stat().st_size for file in {where.file for where in self.locations.values()})
+
     @property
     def text_config(self) -> Mapping[str, Any]:
         """The decoder's sizes: `text_config` of a multimodal config, else the config itself."""

@@ -108,6 +108,13 @@ class RunFlags:
         False
     )
 
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file, as in 2GB.", **_OUTPUT)
+    ] = "5GB"
+
+    def shard_bytes(self) -> int:
+        return parse_size(self.shard_size, "--shard-size")
+
 
 @dataclasses.dataclass(frozen=True)
 class ScreenFlags:
@@ -123,16 +130,16 @@ class ScreenFlags:
         return Screen(json=self.json, quiet=self.quiet, verbose=self.verbose)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, flag: str = "--memory") -> int:
     """Bytes of `8GiB`, `500MB`, `1.5G` (powers of 1024 with an i or without a B, of 1000 as in MB)."""
     found = _SIZE.fullmatch(text)
     if found is None:
-        raise UserError(f"--memory: found '{text}', allowed: a size such as 8GiB or 500MB")
+        raise UserError(f"{flag}: found '{text}', allowed: a size such as 8GiB or 500MB")
     number, unit, binary = found.groups()
     base = 1000 if text.strip().lower().endswith("b") and not binary else 1024
     size = int(float(number) * base ** " kmgt".index(unit.lower() or " "))
     if size <= 0:
-        raise UserError(f"--memory: found '{text}', allowed: a size above 0")
+        raise UserError(f"{flag}: found '{text}', allowed: a size above 0")
     return size
 
 

@@ -79,6 +79,7 @@ def run_recipe(
                 keep_work=place.keep_work,
                 progress=screen.progress,
                 where=where,
+                shard_bytes=place.shard_bytes(),
             )
     except GateError as failed:
         if isinstance(failed.result, Result):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.arch import Family
 from compress.checkpoint.headers import Header
+from compress.checkpoint.layout import SHARD_BYTES
 from compress.data import DataSpec
 from compress.machine import Machine, Progress
 
@@ -38,6 +39,7 @@ class PlanContext:
     data: Mapping[str, DataSpec]  # calibration, training, evaluation
     teacher: Header | None  # the distillation teacher's header; None when the plan has no distil step
     threads: int
+    shard_bytes: int = SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Job:
     seed: int
     machine: Machine
     progress: Progress
+    shard_bytes: int = SHARD_BYTES
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from compress.receipt import load_receipt
 from compress.recipe import load
 from compress.run import run
 from tests import tiny
+from tests.stock import load as load_model
 
 MOMENT = {"measured.json"}  # what may differ between two runs: nothing else
 RECIPE = """
@@ -119,3 +120,15 @@ def test_overwrite_replaces_a_result_and_nothing_else(tmp_path: Path) -> None:
     (foreign / "precious").touch()
     assert main(["quantize", str(source), "-o", str(foreign), "--format", "bf16", "-q", "--overwrite"]) == 2
     assert (foreign / "precious").exists()
+
+
+def test_shards_hold_no_more_than_asked(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "source")
+    out = tmp_path / "out"
+    arguments = ["prune", str(source), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
+    assert main([*arguments, "--shard-size", "120KB"]) == 0
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 2 and (out / "model.safetensors.index.json").exists()
+    assert all(path.stat().st_size < 120_000 + 4096 for path in shards)
+    assert sum(path.stat().st_size for path in shards) == load_receipt(out)["steps"][0]["bytes"]
+    assert load_model(out).config.intermediate_size < 96

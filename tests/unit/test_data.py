@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from compress.data import (
@@ -90,6 +91,19 @@ def test_training_windows_are_a_seeded_choice_without_replacement(folder: Path, 
     assert chosen != sorted(chosen, key=every.index), "the order is seeded too"
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_special_tokens_stand_in_evaluation_only(folder: Path, tmp_path: Path) -> None:
+    """As the judge has it: the default call, which begins with <bos> for this tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("sixteen letters.")
+    spec = DataSpec(source=str(tmp_path / "a.txt"), length=16)
+    assert windows(spec, "evaluation", tmp_path, 0).ids[0, 0] == 256
+    for part in ("calibration", "training"):
+        assert 256 not in windows(spec, part, tmp_path, 0).ids
 
 
 def test_documents_are_joined_with_eos(folder: Path, tmp_path: Path) -> None:

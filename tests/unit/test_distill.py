@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from compress.arch import family_of
 from compress.checkpoint.headers import Header, TensorSpec, read_header
 from compress.checkpoint.reader import Reader
-from compress.data import DataSpec
+from compress.data import DataSpec, windows
 from compress.errors import UserError
 from compress.machine import Machine, Silent
 from compress.steps.distill import plan as planning
@@ -26,7 +26,7 @@ from compress.steps.distill.options import DistillOptions
 from compress.steps.distill.plan import plan
 from compress.steps.distill.precision import Precision, cpu_precision
 from compress.steps.distill.run import run, training_order
-from compress.steps.distill.trainer import schedule
+from compress.steps.distill.trainer import Decoder, schedule
 from compress.steps.types import Job, Outcome, PlanContext, StepPlan
 from tests import tiny
 
@@ -109,6 +109,20 @@ def test_training_brings_the_student_nearer_and_repeats(llamas: tuple[Path, Path
     assert first.receipt == second.receipt and digests(tmp_path / "a") == digests(tmp_path / "b")
     other = distil(student, teacher, tmp_path / "c", seed=1, epochs=6.0, learning_rate=3e-3)
     assert other.receipt["losses"] != losses
+
+
+def test_batches_are_the_planned_windows_in_their_order(
+    llamas: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = llamas
+    batches: list[torch.Tensor] = []
+    plain = Decoder.hidden
+    monkeypatch.setattr(Decoder, "hidden", lambda self, ids: batches.append(ids) or plain(self, ids))
+    distil(student, teacher, tmp_path / "out", batch=5, epochs=2.0)
+    ids = windows(DATA["training"], "training", student, 0).ids
+    expected = training_order(ids, DistillOptions(batch=5, epochs=2.0), 0)
+    np.testing.assert_array_equal(torch.cat(batches[::2]).numpy(), expected)  # the teacher's batches
+    np.testing.assert_array_equal(torch.cat(batches[1::2]).numpy(), expected)  # the student's
 
 
 def test_what_is_written(llamas: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
         before=before,
         after=before.planned(before.config, before.tensors.values()),
         parameters=sum(spec.parameters for spec in before.tensors.values()),
-        nbytes=files_bytes(before.tensors.values()),
+        nbytes=files_bytes(before.tensors.values(), context.shard_bytes),
         memory=memory(before, context.teacher, context.family, options.batch * length),
         notes=tuple(notes),
     )
@@ -56,25 +56,31 @@ def trained(header: Header, family: Family) -> tuple[str, ...]:
     return tuple(name for name in header.tensors if name.startswith((f"{family.text}.", f"{family.head}.")))
 
 
-def activations(sizes: Sizes, tokens: int) -> int:
-    """Bytes that backward needs of the forward pass of `tokens` tokens, all layers, float32 or autocast."""
-    # Counted with torch.autograd.graph.saved_tensors_hooks on llama and glm4v layers under bf16 autocast and in
-    # float32: per token and layer 11 to 13 vectors of the hidden size, 4 to 5 of the FFN, 4 of the queries; at most
-    # 4 bytes a value. sdpa keeps no attention matrix.
-    return 4 * tokens * sizes.layers * (13 * sizes.hidden + 5 * sizes.ffn + 4 * sizes.heads * sizes.head_dim)
+def activations(sizes: Sizes, tokens: int, autocast: bool = False) -> int:
+    """Bytes that backward needs of the forward pass of `tokens` tokens, all layers."""
+    # Counted with torch.autograd.graph.saved_tensors_hooks on llama and glm4v layers (glm4v's four norms need more; its
+    # numbers are taken for both). sdpa keeps no attention matrix.
+    queries = sizes.heads * sizes.head_dim
+    if autocast:
+        return tokens * sizes.layers * (36 * sizes.hidden + 8 * queries + 8 * sizes.ffn)
+    return tokens * sizes.layers * (46 * sizes.hidden + 8 * queries + 16 * sizes.ffn)
 
 
 def checkpointing(sizes: Sizes, tokens: int) -> bool:
-    """Whether layers are computed a second time in backward instead of keeping what it needs."""
+    """Whether layers are computed a second time in backward instead of keeping what it needs.
+
+    Decided for float32, so that a plan says the same on every machine; the result is the same either way.
+    """
     return activations(sizes, tokens) > CHECKPOINTING
 
 
 def memory(before: Header, teacher: Header, family: Family, tokens: int) -> int:
     """Estimated peak in bytes above interpreter and libraries, for batches of `tokens` tokens.
 
-    Student: 16 bytes a trained parameter (float32 weight, gradient and AdamW's two moments), 4 a frozen one. Twice the
-    embedding's gradient besides: with tied weights it is summed from two dense parts. Teacher: 2 bytes a parameter
-    if it is stored and computed in bf16, else 4. Activations, or with checkpointing one layer's and the layer inputs.
+    Student: 16 bytes a trained parameter (float32 weight, gradient and AdamW's two moments) and 2 for the copy that
+    autocast multiplies with; 4 a frozen one. Twice the embedding's gradient besides: with tied weights it is summed
+    from two dense parts. Teacher: 2 bytes a parameter if it is stored and computed in bf16, else 4. Activations, or
+    with checkpointing one layer's and the layers' inputs.
     """
     sizes = family.sizes(before)
     learning = sum(before.tensors[name].parameters for name in trained(before, family))
@@ -84,10 +90,11 @@ def memory(before: Header, teacher: Header, family: Family, tokens: int) -> int:
     teaching = (
         sum(spec.parameters for spec in teacher.tensors.values()) * DTYPE_BYTES[teacher_dtype(teacher, precision)]
     )
-    kept = activations(sizes, tokens)
+    kept = activations(sizes, tokens, precision.autocast)
     if checkpointing(sizes, tokens):
         kept = kept // sizes.layers + 4 * tokens * sizes.layers * sizes.hidden
-    return 16 * learning + 4 * frozen + 2 * embedding + teaching + kept + TILES
+    each = 18 if precision.autocast else 16
+    return each * learning + 4 * frozen + 2 * embedding + teaching + kept + TILES
 
 
 def teacher_dtype(teacher: Header, precision: Precision) -> str:
@@ -97,7 +104,8 @@ def teacher_dtype(teacher: Header, precision: Precision) -> str:
 
 def _activation_note(sizes: Sizes, options: DistillOptions, length: int) -> str:
     size = activations(sizes, options.batch * length) / 2**30
-    return f"backward needs {size:.1f} GiB of a batch of {options.batch} x {length} (limit {CHECKPOINTING / 2**30:.0f})"
+    limit = CHECKPOINTING / 2**30
+    return f"float32 activations take {size:.1f} GiB for a batch of {options.batch} x {length} (limit {limit:.0f})"
 
 
 def _check_teacher(before: Header, context: PlanContext, refuse: Complain) -> None:

@@ -174,7 +174,10 @@ def _write(job: Job, model: nn.Module) -> None:
     lost = [name for name, value in parameters.items() if value.requires_grad and id(value) not in placed]
     if lost:
         raise SelfCheckError(f"distill trained '{lost[0]}', which has no place in the checkpoint")
-    with Reader(job.source, job.plan.before) as reader, Writer(job.target, after.tensors.values()) as writer:
+    with (
+        Reader(job.source, job.plan.before) as reader,
+        Writer(job.target, after.tensors.values(), job.shard_bytes) as writer,
+    ):
         writer.carry(job.source)
         writer.config(after.config, job.source)
         with job.progress.task("writing the student", len(after.tensors)) as task:

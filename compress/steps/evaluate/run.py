@@ -14,7 +14,6 @@ import torch
 
 from compress.arch import family_of
 from compress.checkpoint.headers import read_header
-from compress.checkpoint.layout import files_bytes
 from compress.checkpoint.reader import Reader
 from compress.data import DataSpec, windows
 from compress.errors import UserError
@@ -70,7 +69,7 @@ class Evaluator:
             "perplexity": math.exp(sums["nll"] / count),
             "tokens": count,
             "parameters": format_of(header).parameters(header, family_of(header)),
-            "bytes": files_bytes(header.tensors.values()),
+            "bytes": header.stored_bytes(),
         }
         if self.reference is not None:
             found |= {

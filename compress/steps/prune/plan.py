@@ -61,7 +61,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         before=before,
         after=after,
         parameters=PLAIN.parameters(after, family),
-        nbytes=files_bytes(after.tensors.values()),
+        nbytes=files_bytes(after.tensors.values(), context.shard_bytes),
         memory=_memory(sizes, keep, context, before),
         notes=(f"{share:.2%} of the decoder layers' matrix parameters go", *_notes(options, sizes, keep, context)),
         keep=keep,

@@ -48,7 +48,10 @@ def run(job: Job) -> Outcome:
     tokens = windows(job.data["calibration"], "calibration", job.source, job.seed)
     job.progress.note(tokens.note)
     ids = torch.from_numpy(tokens.ids)
-    with Reader(job.source, plan.before) as reader, Writer(job.target, plan.after.tensors.values()) as writer:
+    with (
+        Reader(job.source, plan.before) as reader,
+        Writer(job.target, plan.after.tensors.values(), job.shard_bytes) as writer,
+    ):
         pruner = _Pruner(job, plan, options, criterion, reader)
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         chosen, logits = pruner.run(ids, probe_ids, writer)

@@ -35,7 +35,7 @@ def plan(before: Header, options: QuantizeOptions, context: PlanContext, complai
         before=before,
         after=after,
         parameters=how.parameters(after, context.family),
-        nbytes=files_bytes(after.tensors.values()),
+        nbytes=files_bytes(after.tensors.values(), context.shard_bytes),
         memory=_memory(before, context.family),
         notes=_notes(before, after, how, linears, context.family),
     )

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 
-from compress.checkpoint.layout import files_bytes
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
 from compress.formats import Format, Plain, decoder_linears, format_named, row_blocks
@@ -60,7 +59,7 @@ def run(job: Job) -> Outcome:
     lost = Lost()
     with Reader(job.source) as reader:
         linears = set(decoder_linears(reader.header, job.family))
-        with Writer(job.target, after.tensors.values()) as writer:
+        with Writer(job.target, after.tensors.values(), job.shard_bytes) as writer:
             writer.carry(job.source)
             writer.config(after.config, job.source)
             with job.progress.task(f"writing {how.name}", len(reader.header.tensors)) as task:
@@ -78,7 +77,7 @@ def run(job: Job) -> Outcome:
     receipt: dict[str, Any] = {
         "format": how.name,
         "linears": len(linears),
-        "bytes_before": files_bytes(reader.header.tensors.values()),
+        "bytes_before": reader.header.stored_bytes(),
         "bytes_after": job.plan.nbytes,
         "rounding": {kind: kinds[kind].summary() for kind in sorted(kinds)},
     }

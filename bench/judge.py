@@ -1,0 +1,90 @@
+"""Independent judge of a checkpoint: stock transformers only, nothing of the package. Windows of 512, evenly spaced.
+
+    .venv/bin/python bench/judge.py FOLDER TEXT [--windows 64] [--ref FOLDER]
+
+One JSON line: ppl, params; with --ref also ref_ppl, ratio, kl (nats a token, ref to folder), top1 (agreement). Fails
+on missing, unexpected or mismatched keys. The other scripts call `judge` on models in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LENGTH = 512
+BATCH = 4  # windows whose logits are alive at once: 4 x 512 x 49,152 float32 = 400 MB a model
+
+
+def load(folder: Path | str) -> Any:
+    """The stock model of `folder`, in the dtype it is stored in, in eval mode."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+    if wrong:
+        raise ValueError(f"{folder}: {wrong}")
+    return model.eval()
+
+
+def evenly_spaced(folder: Path | str, text: str, windows: int) -> torch.Tensor:
+    """Windows [N, 512] of the text's tokens, evenly spaced over it, with the tokenizer of `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    count = len(ids) // LENGTH
+    if count == 0:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than a window of {LENGTH}")
+    rows: torch.Tensor = ids[: count * LENGTH].view(count, LENGTH)
+    return rows[torch.linspace(0, count - 1, min(windows, count)).long()]
+
+
+@torch.no_grad()
+def judge(model: Any, rows: torch.Tensor, reference: Any = None) -> dict[str, float]:
+    """Perplexity over all predicted tokens of `rows`, and the distance from `reference`; keys as the script prints."""
+    nll = reference_nll = kl = agree = 0.0
+    for batch in rows.split(BATCH):
+        target = batch[:, 1:, None]
+        p = _log_probabilities(model, batch)
+        nll -= p.gather(-1, target).sum().item()
+        if reference is not None:
+            q = _log_probabilities(reference, batch)
+            reference_nll -= q.gather(-1, target).sum().item()
+            kl += (q.exp() * (q - p)).sum().item()
+            agree += (q.argmax(-1) == p.argmax(-1)).sum().item()
+    tokens = rows.shape[0] * (rows.shape[1] - 1)
+    found = {"ppl": math.exp(nll / tokens), "params": sum(value.numel() for value in model.parameters())}
+    if reference is not None:
+        found |= {
+            "ref_ppl": math.exp(reference_nll / tokens),
+            "ratio": math.exp((nll - reference_nll) / tokens),
+            "kl": kl / tokens,
+            "top1": agree / tokens,
+        }
+    return found
+
+
+def _log_probabilities(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(batch).logits[:, :-1]
+    return logits.float().log_softmax(-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("text", nargs="?", type=Path)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--ref", type=Path, help="folder of the model to compare with")
+    given = parser.parse_args()
+    if given.text is None:
+        parser.print_help()  # `make bench` starts every script; this one measures on demand only
+        return
+    rows = evenly_spaced(given.folder, given.text.read_text(encoding="utf-8"), given.windows)
+    reference = None if given.ref is None else load(given.ref)
+    print(json.dumps(judge(load(given.folder), rows, reference)))
+
+
+if __name__ == "__main__":
+    main()
