@@ -7,6 +7,7 @@ in the checkpoint's dtype, so all are judged alike.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,20 +188,24 @@ def _torch_pruning(task: Task, importance: str) -> Any:
     model = task.dense(torch.float32, attention="eager")
     model.config.use_cache = False
     ffn = {module for name, module in model.named_modules() if name.endswith((".gate_proj", ".up_proj"))}
-    others = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding) and module not in ffn]
-    pruner = torch_pruning.pruner.BasePruner(
-        model,
-        example_inputs={"input_ids": task.ids[:1, :16]},
-        importance=getattr(torch_pruning.importance, importance)(),
-        # it keeps int(width * (1 - ratio)) channels: aim at the middle, or rounding loses one
-        pruning_ratio=1 - (task.plan.keep["ffn"] + 0.5) / sizes.ffn,
-        ignored_layers=others,
-        in_channel_groups={},
-        out_channel_groups={},
-        num_heads={},
-        channel_groups={},
-        output_transform=lambda output: output.logits,
-    )
+    others = [
+        module for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding) and module not in ffn
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unwrapped parameters")  # norms, of the hidden size that stays
+        pruner = torch_pruning.pruner.BasePruner(
+            model,
+            example_inputs={"input_ids": task.ids[:1, :16]},
+            importance=getattr(torch_pruning.importance, importance)(),
+            # it keeps int(width * (1 - ratio)) channels: aim at the middle, or rounding loses one
+            pruning_ratio=1 - (task.plan.keep["ffn"] + 0.5) / sizes.ffn,
+            ignored_layers=others,
+            in_channel_groups={},
+            out_channel_groups={},
+            num_heads={},
+            channel_groups={},
+            output_transform=lambda output: output.logits,
+        )
     if "Taylor" in importance:
         _backward(model, task.ids[:TAYLOR_SAMPLES])
     pruner.step()

@@ -23,7 +23,8 @@ BATCH = 4  # windows whose logits are alive at once: 4 x 512 x 49,152 float32 = 
 
 def load(folder: Path | str) -> Any:
     """The stock model of `folder`, in the dtype it is stored in, in eval mode."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
     if wrong:
         raise ValueError(f"{folder}: {wrong}")

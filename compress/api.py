@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, cleandoc, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast, get_type_hints
 
 from pydantic import ValidationError
 
@@ -58,21 +58,24 @@ class Inspection(TypedDict):
     groups: list[InspectedGroup]
 
 
-class Evaluation(TypedDict):
-    """What `evaluate` measures over `tokens` predicted positions; the last four with a reference only.
+class _Alone(TypedDict):
+    perplexity: float
+    tokens: int
+    parameters: int
+    bytes: int
+
+
+class Evaluation(_Alone, total=False):
+    """What `evaluate` measures over `tokens` predicted positions; with a reference the distance from it.
 
     `perplexity_ratio`: perplexity over the reference's. `kl`: mean KL(reference || model), nats a token.
     `top1_agreement`: share of positions where both models' likeliest next token is the same.
     """
 
-    perplexity: float
-    tokens: int
-    parameters: int
-    bytes: int
-    reference_perplexity: NotRequired[float]
-    perplexity_ratio: NotRequired[float]
-    kl: NotRequired[float]
-    top1_agreement: NotRequired[float]
+    reference_perplexity: float
+    perplexity_ratio: float
+    kl: float
+    top1_agreement: float
 
 
 def _with_options(kind: str) -> Callable[[F], F]:

@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last on a pruned pico model, call compress alone, and store no output."""
+"""The notebooks run from first to last cell on a pruned pico model, call compress alone, and store no output."""
 
 from __future__ import annotations
 

@@ -1,0 +1,180 @@
+"""Peak memory of `prune` and `quantize` above interpreter and libraries, each measured as a whole process.
+
+    .venv/bin/python bench/memory.py
+
+SmolLM2 (64 x 512 tokens, 20 %), and a built llama of 8 and of 64 layers (8 x 512): memory must not grow with depth.
+Above what: the resident memory of a Python right after it has imported torch, transformers and this package. The peak
+is the kernel's high-water mark (VmHWM), read while the process runs and once more when it ends, because the program
+resets that mark between its phases. This script imports nothing heavy: a child inherits its parent's mark.
+
+Every command runs twice. `limited`: with --memory just above what its plan asks for, so that the self-check leaves out
+its full load of a result that needs more, as it does for every model larger than memory. `default`: without that flag;
+wherever memory is free the full load is done, and that part of the peak grows with the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _results import ROOT, WORK, Results, options, say
+
+PYTHON = sys.executable
+POLL = 0.01  # seconds between two looks at a process
+IMPORTS = "import torch, transformers, compress, compress.cli, compress.run"
+# just above the largest prediction of the plans: for the demo model, for the built ones
+LIMIT = {True: "330MiB", False: "400MiB"}
+VARIANTS = ("limited", "default")
+PRINT_RESIDENT = "print(next(x.split()[1] for x in open('/proc/self/status') if x.startswith('VmRSS:')))"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command on one model; `layers` None: the demo model."""
+
+    name: str
+    layers: int | None
+    step: str
+    samples: int
+    variant: str
+
+    def command(self, model: str, out: Path, length: int, threads: int | None) -> list[str]:
+        line = [PYTHON, "-m", "compress", self.step, model, "-o", str(out), "--overwrite", "-q"]
+        if self.variant == "limited":
+            line += ["--memory", LIMIT[self.layers is None]]
+        if self.step == "prune":
+            line += ["--ratio", "0.2", "--samples", str(self.samples), "--length", str(length)]
+        else:
+            line += ["--format", "int8"]
+        return line if threads is None else [*line, "--threads", str(threads)]
+
+
+def main() -> None:
+    given = _arguments()
+    results = Results("memory", given.results)
+    for case in _cases(given):
+        key = {
+            "model": case.name,
+            "layers": case.layers,
+            "step": case.step,
+            "variant": case.variant,
+            "samples": case.samples if case.step == "prune" else None,
+            "length": given.length if case.step == "prune" else None,
+        }
+        found = None if given.again else results.find(key)
+        if found is None:
+            found = measure(case, given)
+            results.add(key, found)
+        what = f"{case.name:10} {case.step:9} {case.variant:8}"
+        say(f"{what} {_mib(found['above'])} above the imports' {_mib(found['imports'])}")
+        say(
+            f"    in the step {_mib(found['step_above'])}, predicted {_mib(found['predicted'])}; "
+            f"full load: {found['full_load']}; {found['seconds']:.0f} s"
+        )
+
+
+def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
+    """Run one case; all sizes in bytes."""
+    model = given.model if case.layers is None else _built(case.layers)
+    out = WORK / f"memory-{case.step}"
+    imports = resident_after_imports()
+    peak, seconds = peak_of(case.command(model, out, given.length, given.threads))
+    (step,) = json.loads((out / "measured.json").read_text())["steps"]
+    full_load = json.loads((out / "receipt.json").read_text())["steps"][0]["self_check"]["full_load"]
+    weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    shutil.rmtree(out)
+    return {
+        "peak": peak,
+        "imports": imports,
+        "above": peak - imports,
+        "step_above": step["memory_peak"] - step["memory_before"],
+        "predicted": step["memory_predicted"],
+        "full_load": full_load,
+        "weights_written": weights,
+        "seconds": round(seconds, 1),
+        "threads": given.threads or len(os.sched_getaffinity(0)),
+    }
+
+
+def resident_after_imports() -> int:
+    """Bytes resident in a process that has only done the imports."""
+    done = subprocess.run([PYTHON, "-c", f"{IMPORTS}; {PRINT_RESIDENT}"], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{IMPORTS}: exit code {done.returncode}\n{done.stderr}")
+    return int(done.stdout) * 1024
+
+
+def peak_of(command: Sequence[str]) -> tuple[int, float]:
+    """The most bytes that were ever resident in the process of `command`, and its seconds."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    peak = 0
+    while True:
+        # wait4 gives this child's own figure; getrusage would give the largest of all children so far
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        peak = max(peak, _high_water(process.pid))
+        time.sleep(POLL)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
+    return max(peak, usage.ru_maxrss * 1024), time.perf_counter() - start
+
+
+def _high_water(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):  # it may end while we read
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _built(layers: int) -> str:
+    folder = WORK / f"llama-{layers}-layers"
+    if not (folder / "tokenizer.json").exists():  # written last
+        shutil.rmtree(folder, ignore_errors=True)
+        builder = Path(__file__).with_name("_built.py")
+        subprocess.run([PYTHON, str(builder), str(folder), "--layers", str(layers)], cwd=ROOT, check=True)
+    return str(folder)
+
+
+def _cases(given: argparse.Namespace) -> list[Case]:
+    models = [("demo", None, given.samples), *((f"llama-{n}", n, given.built_samples) for n in given.layers)]
+    return [
+        Case(name, layers, step, samples, variant)
+        for variant in given.variants
+        for step in given.steps
+        for name, layers, samples in models
+    ]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = options(__doc__)
+    parser.add_argument("--model", default="demo:smollm2-135m", help="the model of the rows named demo")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of the demo model")
+    parser.add_argument("--built-samples", type=int, default=8, help="calibration windows of the built models")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 64], help="depths of the built models")
+    parser.add_argument("--steps", nargs="+", choices=("prune", "quantize"), default=["prune", "quantize"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
