@@ -38,7 +38,8 @@ check: setup ## lint, format, types and the fast tests
 bench: setup ## the measurements of docs/benchmarks.md, one script after another (long)
 	@set -e; for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-docs: setup ## write docs/commands.md from the commands' own help
+docs: setup ## write docs/commands.md and the tables of docs/recipes.md from the code
+	$(BIN)/python -m tests.recipe_docs
 	$(BIN)/python -m typer compress.cli utils docs --name autoglm-compress --output docs/commands.md
 
 clean: ## remove results, builds and caches; .venv and the demo model stay

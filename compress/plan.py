@@ -138,7 +138,7 @@ def _plan_steps(recipe: Recipe, before: Header, context: PlanContext, complaints
 
         step = STEPS[entry.kind].plan(before, entry.options, context, complain)
         if step is None:
-            break  # what follows would be planned on a checkpoint that cannot exist
+            continue  # it has complained; the later steps may have complaints of their own
         planned.append(step)
         before = step.after
     return tuple(planned)

@@ -30,7 +30,7 @@ class DataParts(_Part):
     """Where tokens come from. A plain string is short for `{source: ...}`; relative paths are relative to the current
     directory, not to the recipe file. Keys that a source leaves out keep the part's defaults."""
 
-    calibration: DataSpec = Field(DataSpec(source="builtin", samples=64), description="Statistics of prune, quantize.")
+    calibration: DataSpec = Field(DataSpec(source="builtin", samples=64), description="Statistics of prune.")
     training: DataSpec = Field(DataSpec(source="builtin"), description="What distill trains on.")
     evaluation: DataSpec = Field(DataSpec(source="builtin"), description="What perplexity, KL, agreement are taken on.")
 
@@ -38,7 +38,7 @@ class DataParts(_Part):
 class Gates(_Part):
     """What the result must keep; one that fails ends the run with exit code 3. At least one is set."""
 
-    max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(None, description="Perplexity over the source's")
+    max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(None, description="Perplexity over the source's.")
     max_kl: Annotated[float, Field(gt=0)] | None = Field(None, description="Mean KL from the source, nats a token.")
     min_top1_agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Share of equal top-1.")
     max_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="Bytes of the result's weight files.")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from compress.arch import family_of
-from compress.checkpoint import layout, writer
 from compress.checkpoint.headers import Header, TensorSpec, read_header
+from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.reader import Reader
 from compress.errors import SelfCheckError, UserError
 from compress.formats import FORMATS, format, format_of
@@ -34,22 +32,26 @@ MODELS = {"llama": (tiny.llama, AutoModelForCausalLM), "glm4v": (tiny.glm4v, Aut
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def planned(before: Header, how: str) -> tuple[StepPlan | None, list[tuple[str, str, str | None]]]:
+def planned(
+    before: Header, how: str, shard_bytes: int = SHARD_BYTES
+) -> tuple[StepPlan | None, list[tuple[str, str, str | None]]]:
     complaints: list[tuple[str, str, str | None]] = []
 
     def complain(key: str, message: str, hint: str | None = None) -> None:
         complaints.append((key, message, hint))
 
-    context = PlanContext(family=family_of(before), data={}, teacher=None, threads=1)
+    context = PlanContext(family=family_of(before), data={}, teacher=None, threads=1, shard_bytes=shard_bytes)
     return plan(before, QuantizeOptions(format=how), context, complain), complaints
 
 
-def quantize(source: Path, target: Path, how: str, seed: int = 0) -> tuple[Job, Outcome]:
+def quantize(
+    source: Path, target: Path, how: str, seed: int = 0, shard_bytes: int = SHARD_BYTES
+) -> tuple[Job, Outcome]:
     header = read_header(source)
-    made, complaints = planned(header, how)
+    made, complaints = planned(header, how, shard_bytes)
     assert made is not None and complaints == []
     machine = Machine(threads=1)
-    job = Job(made, family_of(header), source, target, None, {}, seed, machine, Silent())
+    job = Job(made, family_of(header), source, target, None, {}, seed, machine, Silent(), shard_bytes)
     return job, run(job)
 
 
@@ -184,14 +186,8 @@ def test_another_seed_probes_other_ids(sources: dict[tuple[str, str], Path], tmp
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
 
-def test_output_in_several_shards(
-    sources: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small: Sequence[Any] = (60_000,)
-    monkeypatch.setattr(layout.layout, "__defaults__", small)
-    monkeypatch.setattr(layout.files_bytes, "__defaults__", small)
-    monkeypatch.setattr(writer.Writer.__init__, "__defaults__", small)
-    job, outcome = quantize(sources["llama", "BF16"], tmp_path / "out", "w8a16")
+def test_output_in_several_shards(sources: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    job, outcome = quantize(sources["llama", "BF16"], tmp_path / "out", "w8a16", shard_bytes=60_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert job.plan.nbytes == weight_bytes(tmp_path / "out")
     with torch.no_grad():

@@ -6,6 +6,7 @@ from compress.arch import Family, Sizes, family_of
 from compress.checkpoint.headers import DTYPE_BYTES, Header
 from compress.checkpoint.layout import files_bytes
 from compress.errors import UserError, did_you_mean
+from compress.formats import PLAIN
 from compress.losses import LOSSES
 from compress.steps.distill.options import DistillOptions
 from compress.steps.distill.precision import Precision, cpu_precision
@@ -44,7 +45,7 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
         options=options,
         before=before,
         after=before.planned(before.config, before.tensors.values()),
-        parameters=sum(spec.parameters for spec in before.tensors.values()),
+        parameters=PLAIN.parameters(before, context.family),
         nbytes=files_bytes(before.tensors.values(), context.shard_bytes),
         memory=memory(before, context.teacher, context.family, options.batch * length),
         notes=tuple(notes),

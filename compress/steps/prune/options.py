@@ -29,5 +29,5 @@ class PruneOptions(StepOptions):
     criterion: str = Field("wanda", description="How units are ranked: wanda, obs or magnitude.")
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0)] = Field(
-        0.01, description="Ridge of the refit, relative to the mean of the Gram matrix' diagonal."
+        0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."
     )

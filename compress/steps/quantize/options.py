@@ -11,5 +11,7 @@ class QuantizeOptions(StepOptions):
     """Write the decoder's linear layers in a smaller number format, tensor by tensor."""
 
     format: str = Field(
-        ..., description="bf16, fp16, bnb-int8 (alias int8) or w8a16. Embeddings, lm_head and vision stay as they are."
+        ...,
+        description="bf16, fp16 (every float tensor is cast), bnb-int8 (alias int8) or w8a16 (the decoder's linear "
+        "layers; embeddings, lm_head and vision stay).",
     )
