@@ -62,6 +62,7 @@ class Case:
 def main() -> None:
     given = _arguments()
     results = Results("memory", given.results)
+    failed = False
     for case in _cases(given):
         key = {
             "model": case.name,
@@ -73,7 +74,12 @@ def main() -> None:
         }
         found = None if given.again else results.find(key)
         if found is None:
-            found = measure(case, given)
+            try:
+                found = measure(case, given)
+            except subprocess.CalledProcessError as error:  # it has told why; the other rows do not depend on it
+                say(f"{case.name:10} {case.step:9} {case.variant:8} not measured: exit code {error.returncode}")
+                failed = True
+                continue
             results.add(key, found)
         what = f"{case.name:10} {case.step:9} {case.variant:8}"
         say(f"{what} {_mib(found['above'])} above the imports' {_mib(found['imports'])}")
@@ -81,6 +87,8 @@ def main() -> None:
             f"    in the step {_mib(found['step_above'])}, predicted {_mib(found['predicted'])}; "
             f"full load: {found['full_load']}; {found['seconds']:.0f} s"
         )
+    if failed:
+        raise SystemExit(1)
 
 
 def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def peak_of(command: Sequence[str]) -> tuple[int, float]:
         time.sleep(POLL)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
+        raise subprocess.CalledProcessError(process.returncode, command)
     return max(peak, usage.ru_maxrss * 1024), time.perf_counter() - start
 
 

@@ -161,11 +161,12 @@ def pruning(rows: list[Row]) -> str:
             ("Seconds to prune", "seconds", 0),
         ):
             parts.append(f"**{title}**\n\n{_shapes_table(cells, name, digits)}")
-        parts += [
+        verdicts = (
             _verdict(f"wanda + refit, {SHAPES[shape]}", cells["wanda", *shape]["ratio"], most, "times dense", 3)
             for shape, most in PRUNING_MUST.items()
             if ("wanda", *shape) in cells
-        ]
+        )
+        parts.append("".join(verdicts))
     return "\n".join(parts)
 
 

@@ -49,9 +49,10 @@ def self_check(folder: Path, family: Family, step: StepPlan, outcome: Outcome, m
         return report
     # both in the stored dtype: where activations are rounded (INT8), float32 would be another function
     dtype = TORCH_DTYPES[step.after.dtype]
+    ids = outcome.probe[:1]
     with Reader(folder) as reader:
-        streamed = Stream(reader, family, dtype=dtype, linear=stored.load).logits(outcome.probe)
-    divergence = _divergence(_full_logits(folder, outcome.probe, dtype), streamed)
+        streamed = Stream(reader, family, dtype=dtype, linear=stored.load).logits(ids)
+    divergence = _divergence(_full_logits(folder, ids, dtype), streamed)
     if not divergence <= (1e-6 if dtype == torch.float32 else FULL_KL):
         raise SelfCheckError(f"{folder}: a full load in stock transformers differs by KL {divergence:.3g} nats")
     report["full_load"] = "same distribution"
@@ -96,5 +97,8 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
-    log_p, log_q = found.log_softmax(-1), expected.log_softmax(-1)
-    return float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+    total = 0.0
+    for p, q in zip(found.flatten(0, 1).split(16), expected.flatten(0, 1).split(16), strict=True):
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        total += float((log_q.exp() * (log_q - log_p)).sum())
+    return total / (found.shape[0] * found.shape[1])

@@ -7,6 +7,7 @@ thread count, which the receipt records.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -92,16 +93,23 @@ def reset_peak_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Make glibc hand freed tensors of 1 MiB and more back to the kernel at once.
+    """Hand freed memory back to the kernel: called after every streamed layer.
 
-    By default its threshold grows with what is freed, layer-sized blocks land on the heap and fragment it: pruning
-    135 M parameters then peaks at three times what is alive. Elsewhere than glibc this does nothing.
+    glibc keeps what is freed, and layer-sized blocks between small ones fragment its heap: pruning 135 M parameters
+    then peaks at three times what is alive. Elsewhere than glibc this does nothing.
     """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def _find_malloc_trim() -> Callable[[int], int] | None:
     import ctypes
 
-    m_mmap_threshold = -3
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 1 << 20)
+        found: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
     except (OSError, AttributeError):
-        return  # another C library: its own policy holds
+        return None  # another C library: its own policy holds
+    return found
+
+
+_malloc_trim = _find_malloc_trim()

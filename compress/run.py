@@ -33,7 +33,6 @@ from compress.machine import (
     peak_memory,
     reset_peak_memory,
     resident_memory,
-    return_freed_memory,
 )
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, dump
@@ -75,7 +74,6 @@ def run(
     plan = make_plan(recipe, machine, progress=progress, where=where, out=out, shard_bytes=shard_bytes)
     _check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
     torch.set_num_threads(machine.threads)
-    return_freed_memory()
     with _work_folder(out, keep_work) as work:
         return _Run(plan, _Place(out, work, overwrite, keep_work, shard_bytes), machine, progress).finish()
 
@@ -150,9 +148,10 @@ class _Run:
             progress=self.progress,
             shard_bytes=self.place.shard_bytes,
         )
+        work = STEPS[step.kind].load()
         before, start = resident_memory(), time.time()
         reset_peak_memory()
-        outcome = STEPS[step.kind].load()(job)
+        outcome = work(job)
         seconds, peak = time.time() - start, peak_memory()
         checked = self_check(target, self.plan.family, step, outcome, self.machine)
         self.measured["steps"].append(

@@ -17,7 +17,7 @@ from torch import nn
 from compress.arch import Family
 from compress.checkpoint.reader import Reader
 from compress.errors import UserError
-from compress.machine import Progress, Silent
+from compress.machine import Progress, Silent, return_freed_memory
 
 BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
 VOCAB_ROWS = 16384  # rows of the output matrix that are in memory at once
@@ -141,6 +141,7 @@ class Stream:
                 if isinstance(child, nn.Linear):
                     module.set_submodule(name, child)
             module.to("meta")
+            return_freed_memory()
 
     @contextmanager
     def layer_from(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
@@ -152,6 +153,7 @@ class Stream:
             yield module
         finally:
             module.to("meta")
+            return_freed_memory()
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, hidden: torch.Tensor, *, keep: bool = True) -> None:

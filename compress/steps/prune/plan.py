@@ -212,7 +212,9 @@ def _memory(sizes: Sizes, keep: Mapping[str, int], context: PlanContext, before:
     solver = 3 * widest**2 * (8 if widest <= 4096 else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(2048, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 16384 * sizes.hidden * 8
-    return 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary)
+    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary)
+    # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
+    return alive + alive // 4 + 128 * 2**20
 
 
 def _notes(options: PruneOptions, sizes: Sizes, keep: Mapping[str, int], context: PlanContext) -> list[str]:
