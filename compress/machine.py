@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -59,6 +60,31 @@ class Silent:
 
     def note(self, line: str) -> None:
         del line
+
+
+# bfloat16 helps where the processor multiplies it natively; elsewhere it is emulated and slower than float32
+NATIVE = ("amx_bf16", "avx512_bf16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`native`: the processor multiplies bfloat16 itself. `reason`: what the products run in, and why."""
+
+    native: bool
+    reason: str
+
+
+def cpu_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
+    """Matrix products in bfloat16 if the processor's flags name a native one, else in float32."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return Precision(False, f"float32, because {cpuinfo} does not say what the processor can do")
+    flags = {flag for line in text.splitlines() if line.startswith("flags") for flag in line.split()}
+    for native in NATIVE:
+        if native in flags:
+            return Precision(True, f"bfloat16, because the processor has {native}")
+    return Precision(False, f"float32, because the processor has neither {' nor '.join(NATIVE)}")
 
 
 def resident_memory() -> int:

@@ -38,9 +38,7 @@ class DataParts(_Part):
 class Gates(_Part):
     """What the result must keep; one that fails ends the run with exit code 3. At least one is set."""
 
-    max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Ratio to the source."
-    )
+    max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(None, description="Ratio to the source.")
     max_kl: Annotated[float, Field(gt=0)] | None = Field(None, description="Mean KL from the source, nats a token.")
     min_top1_agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Share of equal top-1.")
     max_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="Bytes of the result's weight files.")

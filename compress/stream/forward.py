@@ -17,7 +17,7 @@ from torch import nn
 from compress.arch import Family
 from compress.checkpoint.reader import Reader
 from compress.errors import UserError
-from compress.machine import Progress, Silent, return_freed_memory
+from compress.machine import Progress, Silent, cpu_precision, return_freed_memory
 
 BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
 VOCAB_ROWS = 16384  # rows of the output matrix that are in memory at once
@@ -78,9 +78,8 @@ def quiet_transformers() -> None:
 def compute_dtype(stored: str) -> tuple[torch.dtype, str]:
     """The dtype layers run in for a checkpoint stored in `stored`, and why."""
     if stored == "BF16":
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return torch.bfloat16, "bfloat16, because the checkpoint is and this processor multiplies it natively"
-        return torch.float32, "float32, because this processor has no bfloat16 arithmetic"
+        precision = cpu_precision()
+        return (torch.bfloat16 if precision.native else torch.float32), precision.reason
     if stored == "F16":
         return torch.float32, "float32, because float16 is slow on a processor"
     return torch.float32, "float32, as the checkpoint"

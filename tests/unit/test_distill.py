@@ -20,11 +20,10 @@ from compress.checkpoint.headers import Header, TensorSpec, read_header
 from compress.checkpoint.reader import Reader
 from compress.data import DataSpec, windows
 from compress.errors import UserError
-from compress.machine import Machine, Silent
+from compress.machine import Machine, Precision, Silent, cpu_precision
 from compress.steps.distill import plan as planning
 from compress.steps.distill.options import DistillOptions
 from compress.steps.distill.plan import plan
-from compress.steps.distill.precision import Precision, cpu_precision
 from compress.steps.distill.run import run, training_order
 from compress.steps.distill.trainer import Decoder, schedule
 from compress.steps.types import Job, Outcome, PlanContext, StepPlan
@@ -293,5 +292,5 @@ def test_precision_follows_the_processor(tmp_path: Path) -> None:
         False, "float32, because the processor has neither amx_bf16 nor avx512_bf16"
     )
     flags.write_text("flags\t\t: fpu avx512_bf16\n")
-    assert cpu_precision(flags) == Precision(True, "bf16 autocast, because the processor has avx512_bf16")
-    assert not cpu_precision(tmp_path / "none").autocast
+    assert cpu_precision(flags) == Precision(True, "bfloat16, because the processor has avx512_bf16")
+    assert not cpu_precision(tmp_path / "none").native

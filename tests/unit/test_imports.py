@@ -37,7 +37,6 @@ LAYERS = (
     ("checkpoint", "recipe_yaml"),
     ("errors", "machine"),
 )
-FILES_OF = {"sensitivity_plots": "sensitivity"}  # a part in two files: it counts as the part named
 # What imports a module by a name that only a variable holds, and why that may be.
 COMPUTED = {
     "compress": "the public functions, when they are first used",
@@ -56,7 +55,7 @@ HEAVY = {
     "compress.criteria.obs",
     "compress.losses.forward_kl",
     "compress.run",
-    "compress.sensitivity_plots",
+    "compress.sensitivity.plots",
     "compress.solve",
     "compress.steps.distill.run",
     "compress.steps.distill.trainer",
@@ -125,8 +124,7 @@ def _targets(node: ast.AST) -> list[str]:
 
 def part(module: str) -> str:
     """`compress.steps.prune.run` -> `steps`; the package itself is `compress`."""
-    name = module.split(".")[1] if "." in module else module
-    return FILES_OF.get(name, name)
+    return module.split(".")[1] if "." in module else module
 
 
 def step_of(module: str) -> str | None:

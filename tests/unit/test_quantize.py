@@ -17,6 +17,7 @@ from compress.arch import family_of
 from compress.checkpoint.headers import Header, TensorSpec, read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.reader import Reader
+from compress.checkpoint.writer import Writer
 from compress.errors import SelfCheckError, UserError
 from compress.formats import FORMATS, format, format_of
 from compress.machine import Machine, Silent
@@ -330,10 +331,10 @@ def test_ten_billion_parameters_are_planned_from_shapes() -> None:
 
 def test_rows_out_of_turn_are_refused(tmp_path: Path) -> None:
     spec = TensorSpec("a", "F32", (4, 2))
-    with pytest.raises(SelfCheckError, match="out of turn"), writer.Writer(tmp_path / "gap", [spec]) as gap:
+    with pytest.raises(SelfCheckError, match="out of turn"), Writer(tmp_path / "gap", [spec]) as gap:
         gap.put_rows("a", 1, torch.ones(2, 2))
-    with pytest.raises(SelfCheckError, match="not written"), writer.Writer(tmp_path / "short", [spec]) as short:
+    with pytest.raises(SelfCheckError, match="not written"), Writer(tmp_path / "short", [spec]) as short:
         short.put_rows("a", 0, torch.ones(2, 2))
-    with pytest.raises(SelfCheckError, match="planned rows"), writer.Writer(tmp_path / "wide", [spec]) as wide:
+    with pytest.raises(SelfCheckError, match="planned rows"), Writer(tmp_path / "wide", [spec]) as wide:
         wide.put_rows("a", 0, torch.ones(2, 3))
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,8 @@ from compress.checkpoint.layout import files_bytes
 from compress.errors import UserError, did_you_mean
 from compress.formats import PLAIN
 from compress.losses import LOSSES
+from compress.machine import Precision, cpu_precision
 from compress.steps.distill.options import DistillOptions
-from compress.steps.distill.precision import Precision, cpu_precision
 from compress.steps.types import Complain, PlanContext, StepPlan
 
 CHECKPOINTING = 4 * 2**30  # bytes of saved activations from which layers are computed twice instead
@@ -91,16 +91,16 @@ def memory(before: Header, teacher: Header, family: Family, tokens: int) -> int:
     teaching = (
         sum(spec.parameters for spec in teacher.tensors.values()) * DTYPE_BYTES[teacher_dtype(teacher, precision)]
     )
-    kept = activations(sizes, tokens, precision.autocast)
+    kept = activations(sizes, tokens, precision.native)
     if checkpointing(sizes, tokens):
         kept = kept // sizes.layers + 4 * tokens * sizes.layers * sizes.hidden
-    each = 18 if precision.autocast else 16
+    each = 18 if precision.native else 16
     return each * learning + 4 * frozen + 2 * embedding + teaching + kept + TILES
 
 
 def teacher_dtype(teacher: Header, precision: Precision) -> str:
     """The teacher is held in bf16 when it is stored and multiplied so, else in float32."""
-    return "BF16" if precision.autocast and teacher.dtype == "BF16" else "F32"
+    return "BF16" if precision.native and teacher.dtype == "BF16" else "F32"
 
 
 def _activation_note(sizes: Sizes, options: DistillOptions, length: int) -> str:

@@ -27,9 +27,9 @@ from compress.checkpoint.writer import Writer
 from compress.data import DataSpec, Tokens, windows
 from compress.errors import SelfCheckError, UserError
 from compress.losses import LOSSES
+from compress.machine import Precision, cpu_precision
 from compress.steps.distill.options import DistillOptions
 from compress.steps.distill.plan import checkpointing, teacher_dtype, trained
-from compress.steps.distill.precision import Precision, cpu_precision
 from compress.steps.distill.trainer import Decoder, Distiller
 from compress.steps.types import Job, Outcome
 
@@ -152,7 +152,7 @@ def _train(
             LOSSES[options.loss].load(),
             options,
             seed=job.seed,
-            autocast=precision.autocast,
+            autocast=precision.native,
             checkpointing=twice,
             scratch=Path(scratch),
             progress=job.progress,

@@ -53,6 +53,7 @@ def run(job: Job) -> Outcome:
         Writer(job.target, plan.after.tensors.values(), job.shard_bytes) as writer,
     ):
         pruner = _Pruner(job, plan, options, criterion, reader)
+        job.progress.note(f"layers run in {pruner.why}")
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         chosen, logits = pruner.run(ids, probe_ids, writer)
         for name in plan.after.tensors:
@@ -68,6 +69,7 @@ def run(job: Job) -> Outcome:
     receipt = {
         "keep": dict(plan.keep),
         "removed": plan.removed,
+        "precision": pruner.why,
         "calibration": {"digest": tokens.digest, "tokens": int(ids.numel())},
         "importance_sha256": hashlib.sha256(tensors).hexdigest(),
         "relative_output_error": [layer["groups"] for layer in document["layers"]],

@@ -276,10 +276,10 @@ def _wrong(cost: Floats, order: Ints, keep: Ints, size: Mapping[str, int]) -> st
 
 
 def _figure(name: str, *arguments: Any) -> Figure:
-    """A figure of compress.sensitivity_plots, which needs all of the extra."""
+    """A figure of compress.sensitivity.plots, which needs all of the extra."""
     for module in ("pandas", "matplotlib"):
         optional(module)
-    figure: Figure = getattr(import_module("compress.sensitivity_plots"), name)(*arguments)
+    figure: Figure = getattr(import_module("compress.sensitivity.plots"), name)(*arguments)
     return figure
 
 
