@@ -115,7 +115,9 @@ def _save(model: PreTrainedModel, folder: Path, seed: int, dtype: torch.dtype, s
                 fan_in = value[0].numel()
                 spread = torch.exp(0.5 * torch.randn(value.shape[-1], generator=generator))
                 value.copy_(torch.randn(value.shape, generator=generator) * spread * (1.0 / fan_in) ** 0.5)
-    model.to(dtype=dtype).save_pretrained(folder, max_shard_size=shard)
+    module: torch.nn.Module = model
+    module.to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
     tokenizer().save_pretrained(folder)
     return folder
 
