@@ -33,7 +33,7 @@ PYTHON = sys.executable
 POLL = 0.01  # seconds between two looks at a process
 IMPORTS = "import torch, transformers, compress, compress.cli, compress.run"
 # just above the largest prediction of the plans: for the demo model, for the built ones
-LIMIT = {True: "330MiB", False: "400MiB"}
+LIMIT = {True: "380MiB", False: "640MiB"}
 VARIANTS = ("limited", "default")
 PRINT_RESIDENT = "print(next(x.split()[1] for x in open('/proc/self/status') if x.startswith('VmRSS:')))"
 

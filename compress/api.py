@@ -225,13 +225,21 @@ def evaluate(
     """Perplexity of a model, streamed layer by layer, and with a reference the distance from it.
 
     `data` is the evaluation text, all of it in windows of 512 tokens by default; as in `prune`. Raises UserError when
-    a model or the text cannot be read, or when the reference has another vocabulary.
+    a model or the text cannot be read, when config.json contradicts the tensors, or when the
+    reference has another vocabulary; MachineError when the hidden states of all windows do not fit in memory.
     """
+    from compress.arch import family_of
+    from compress.checkpoint.headers import read_header
     from compress.checkpoint.source import locate
+    from compress.plan import check_shapes
 
     spec = _data(data, "evaluation")
     other = None if reference is None else locate(str(reference)).folder
     folder = locate(str(model)).folder
+    for each in dict.fromkeys([folder] if other is None else [folder, other]):
+        header = read_header(each)
+        if lines := check_shapes(each, family_of(header), header):
+            raise UserError("\n".join(lines))
     with _left_as_it_was():
         from compress.steps.evaluate.run import evaluate as measure
 

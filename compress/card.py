@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,23 @@ import yaml
 
 from compress.checkpoint.headers import read_json
 
+HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+
 
 def model_card(receipt: dict[str, Any], source: Path) -> str:
-    """Markdown with the hub's YAML front matter. `source`: the base model's folder, for its licence."""
+    """Markdown with the hub's YAML front matter. `source`: the base model's folder, for what its own card says."""
     base = receipt["model"]["name"]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["autoglm-compress", "compressed"]}
-    if "/" in base and ":" not in base.split("@")[0]:
-        front["base_model"] = base.split("@")[0]
-    licence = base_licence(source)
+    said = _front_matter(source / "README.md")
+    licence = {k: str(said[k]) for k in ("license", "license_name", "license_link") if said.get(k)}
     front |= licence
+    repository = base.split("@")[0]
+    known = repository if "/" in base and ":" not in repository else _hub_ids(said.get("base_model"))
+    whose = "base model"
+    if known:
+        front["base_model"] = known
+        names = ", ".join([known] if isinstance(known, str) else known)
+        whose = whose if known == repository else f"base model ({names})"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=True).strip(),
@@ -26,7 +35,7 @@ def model_card(receipt: dict[str, Any], source: Path) -> str:
         f"# {base}, compressed",
         "",
         f"Made from `{base}` by [autoglm-compress](recipe.yaml) {receipt['autoglm_compress']}. "
-        f"The licence of the base model applies ({licence.get('license', 'see its files')}).",
+        f"The licence of the {whose} applies ({licence.get('license', 'see its files')}).",
         "",
         "| step | what | parameters | bytes |",
         "|---|---|---:|---:|",
@@ -38,21 +47,27 @@ def model_card(receipt: dict[str, Any], source: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def base_licence(source: Path) -> dict[str, str]:
-    """`license` (and `license_name`, `license_link`) of the base model's card, where it has one."""
-    card = source / "README.md"
-    if not card.exists():
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The YAML between the two lines `---` that open a card; empty where there is none or it is broken."""
+    if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
+    lines = card.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    if not lines or lines[0].rstrip() != "---":
         return {}
+    end = next((at for at, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
     try:
-        front = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
+        front = yaml.safe_load("\n".join(lines[1:end])) if end else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
         return {}
-    if not isinstance(front, dict):
-        return {}
-    return {k: str(front[k]) for k in ("license", "license_name", "license_link") if front.get(k)}
+    return front if isinstance(front, dict) else {}
+
+
+def _hub_ids(said: object) -> str | list[str] | None:
+    """`base_model` as a card says it, when it is a hub id or a list of them: training tools write local paths too."""
+    names = said if isinstance(said, list) else [said]
+    if not names or not all(isinstance(name, str) and HUB_ID.fullmatch(name) for name in names):
+        return None
+    return said if isinstance(said, str) else [str(name) for name in names]
 
 
 def _quality(receipt: dict[str, Any]) -> list[str]:

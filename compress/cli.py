@@ -20,7 +20,7 @@ import typer
 from typer.main import get_command
 
 from compress.commands import distill, evaluate, inspect, plan, prune, quantize, run
-from compress.errors import BUG, INTERRUPTED, MACHINE, OK, USAGE, CompressError, did_you_mean
+from compress.errors import BUG, INTERRUPTED, MACHINE, OK, USAGE, CompressError, SelfCheckError, did_you_mean
 
 PROGRAM = "autoglm-compress"
 _BROKEN_PIPE = 1  # as Python and Typer end when nobody reads on
@@ -97,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception, verbose: bool) -> int:
+    if isinstance(error, SelfCheckError):
+        return _fail(f"self-check failed, nothing was put in place: {error.message}", error.hint, error.exit_code)
     if isinstance(error, CompressError):
         return _fail(error.message, error.hint, error.exit_code)
     if isinstance(error, typer.Abort):

@@ -51,14 +51,19 @@ class Tokens:
     note: str
 
 
+def most_tokens(spec: DataSpec, part: Part) -> int:
+    """The most tokens that any tokenizer makes of a source: one of a byte, and one between documents."""
+    texts = documents(spec, part)
+    return sum(len(text.encode()) for text in texts) + len(texts)
+
+
 def check(spec: DataSpec, part: Part) -> None:
     """Refuse, without a tokenizer, what cannot give the windows asked for.
 
     Raises UserError: unknown source, missing or empty file, invalid UTF-8, a broken .jsonl line, or a text so short
     that no tokenizer makes enough tokens of it (none makes more than one token of a byte).
     """
-    texts = documents(spec, part)
-    most = sum(len(text.encode()) for text in texts) + len(texts)
+    most = most_tokens(spec, part)
     need = spec.length * (spec.samples or 1)
     if most < need:
         raise UserError(

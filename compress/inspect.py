@@ -34,7 +34,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
     return {
         "model": source.name,
         "model_type": family.model_type,
-        "architecture": (header.config.get("architectures") or [None])[0],
+        "architecture": family.architecture,
         "format": stored.name,
         "dtype": header.dtype,
         "parameters": stored.parameters(header, family),

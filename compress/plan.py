@@ -6,7 +6,7 @@ Every mistake that headers can show is found here, before a weight is read, and 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from compress.arch import Family, family_of
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.source import Source, locate
-from compress.data import DataSpec, Part, check
+from compress.data import TOKENIZERS, DataSpec, Part, check, most_tokens
 from compress.errors import MachineError, UserError
 from compress.formats import Plain, format_of
 from compress.machine import Machine, Progress, Silent
@@ -23,6 +23,7 @@ from compress.recipe import Recipe
 from compress.steps import STEPS
 from compress.steps.types import PlanContext, StepPlan
 
+BYTES_A_TOKEN = 3  # of prose, for estimates: common tokenizers take four and more
 SPARE = 64 * 2**20  # bytes of disk left over for what is small: tokenizer, receipt, scores
 
 
@@ -70,6 +71,14 @@ class Plan:
         return found if self.memory is None else found | {"memory": step.memory}
 
 
+def _flag(key: str) -> str:
+    """What a lone command calls the key of its one-step recipe; nothing for the step itself."""
+    if key in STEPS or not key:
+        return ""
+    words = {"model": "MODEL", "calibration": "--data", "training": "--data", "evaluation": "--data"}
+    return words.get(key, "--" + key.replace("_", "-"))
+
+
 class _Complaints:
     """All that is wrong, one line each."""
 
@@ -79,9 +88,7 @@ class _Complaints:
         self.hints: list[str] = []
 
     def add(self, path: str, message: str, hint: str | None = None) -> None:
-        key = path
-        if self.where is None and path:
-            key = "--" + path.rsplit(".", 1)[-1].replace("_", "-")  # a lone command: name the flag
+        key = path if self.where is not None else _flag(path.rsplit(".", 1)[-1])
         parts = [part for part in (self.where, key) if part]
         self.lines.append(": ".join([*parts, message]))
         if hint and hint not in self.hints:
@@ -113,14 +120,15 @@ def make_plan(
     before = read_header(source.folder)
     family = family_of(before)
     complaints = _Complaints(where)
-    _check_shapes(source.folder, family, before, complaints)
+    for line in check_shapes(source.folder, family, before):
+        complaints.add("model", line)
     complaints.finish()
     teacher, teacher_header = _teacher(recipe, source, before, progress, complaints)
     _check_data(recipe, source.folder, complaints)
     context = PlanContext(family, _data(recipe), teacher_header, machine.threads, shard_bytes)
     steps = _plan_steps(recipe, before, context, complaints)
     complaints.finish()
-    memory = max((step.memory for step in steps), default=0)
+    memory = max((step.memory for step in steps), default=0) + _evaluation_memory(recipe, family, before)
     disk = sum(step.nbytes for step in steps) + SPARE
     if check_machine:
         _check_machine(machine, memory, disk, out)
@@ -162,15 +170,18 @@ def _check_data(recipe: Recipe, folder: Path, complaints: _Complaints) -> None:
             check(getattr(recipe.data, part), cast(Part, part))
         except UserError as problem:
             complaints.add(f"data.{part}", problem.message, problem.hint)
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if needed and not any((folder / name).exists() for name in names):
-        complaints.add("model", f"{folder}: no tokenizer ({', '.join(names)}), which {' and '.join(needed)} data need")
+    _check_tokenizer("model", folder, needed, complaints)
     if recipe.gates is not None and recipe.evaluate == "never":
         quality = [
             k for k in ("max_perplexity_ratio", "max_kl", "min_top1_agreement") if getattr(recipe.gates, k) is not None
         ]
         if quality:
             complaints.add(f"gates.{quality[0]}", "needs an evaluation, but evaluate is 'never'")
+
+
+def _check_tokenizer(key: str, folder: Path, needed: Sequence[str], complaints: _Complaints) -> None:
+    if needed and not any((folder / name).is_file() for name in TOKENIZERS):
+        complaints.add(key, f"{folder}: no tokenizer ({', '.join(TOKENIZERS)}), which {' and '.join(needed)} data need")
 
 
 def _teacher(
@@ -184,26 +195,39 @@ def _teacher(
         return source, before
     teacher = locate(recipe.teacher, progress=progress or Silent())
     header = read_header(teacher.folder)
-    _check_shapes(teacher.folder, family_of(header), header, complaints)
+    for line in check_shapes(teacher.folder, family_of(header), header):
+        complaints.add("teacher", line)
+    _check_tokenizer("teacher", teacher.folder, ["training"], complaints)
     return teacher, header
 
 
-def _check_shapes(folder: Path, family: Family, header: Header, complaints: _Complaints) -> None:
-    """Every decoder tensor that the config implies is there, with the implied shape."""
+def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:
+    """What contradicts config.json, as one line or none: its class, a tensor that is missing, misshapen, too many."""
     stored = format_of(header)
     found = header.tensors if isinstance(stored, Plain) else stored.logical(header)
     wrong = []
-    for name, shape in family.shapes(header).items():
+    named = header.config.get("architectures")
+    if named != [family.architecture]:
+        wrong.append(f"config.json: architectures must be ['{family.architecture}'], found {named!r}")
+    implied, prefix = family.shapes(header), f"{family.text}.layers."
+    for name, shape in implied.items():
         if name not in found:
             wrong.append(f"tensor '{name}' {list(shape)} is missing")
         elif found[name].shape != shape:
             wrong.append(f"tensor '{name}' is {list(found[name].shape)}, but config.json implies {list(shape)}")
-    known, prefix = family.shapes(header), f"{family.text}.layers."
-    extra = [n for n in found if n.startswith(prefix) and n not in known and not n.endswith("rotary_emb.inv_freq")]
+    extra = [n for n in found if n.startswith(prefix) and n not in implied and not n.endswith("rotary_emb.inv_freq")]
     wrong += [f"tensor '{name}' has no place in the model that config.json describes" for name in extra]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        complaints.add("model", f"{folder}: {wrong[0]}{more}")
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return [f"{folder}: {wrong[0]}{more}"] if wrong else []
+
+
+def _evaluation_memory(recipe: Recipe, family: Family, before: Header) -> int:
+    """Bytes of the final hidden states of the reference and of one stage, and of 512 tokens' logits of both."""
+    if recipe.evaluate == "never":
+        return 0
+    sizes, data = family.sizes(before), recipe.data.evaluation
+    tokens = most_tokens(data, "evaluation") // BYTES_A_TOKEN if data.samples is None else data.samples * data.length
+    return 2 * 4 * (tokens * sizes.hidden + 512 * sizes.vocab)
 
 
 def _check_machine(machine: Machine, memory: int, disk: int, out: Path | None) -> None:

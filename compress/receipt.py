@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.headers import read_json
+from compress.checkpoint.headers import read_header, read_json
 from compress.errors import UserError
 from compress.machine import Machine, Progress
 from compress.recipe import Recipe
@@ -118,7 +119,7 @@ def assemble(
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return [folder / "config.json", *sorted({where.file for where in read_header(folder).locations.values()})]
 
 
 def measured_host(machine: Machine, started: float) -> dict[str, Any]:
@@ -141,3 +142,14 @@ def load_receipt(folder: Path | str) -> dict[str, Any]:
     if receipt.get("receipt") != SCHEMA:
         raise UserError(f"{path}: receipt format {receipt.get('receipt')!r} is not known (this version reads {SCHEMA})")
     return receipt
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: such a number becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

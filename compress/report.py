@@ -7,7 +7,6 @@ terminal wants it (NO_COLOR is respected); a table that does not fit is printed 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.machine import Progress, Silent, Task
+from compress.receipt import finite
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -230,7 +230,7 @@ class Screen(AbstractContextManager["Screen"]):
             self._pair(key, value)
 
     def _document(self, value: Any) -> None:
-        print(json.dumps(_finite(value), indent=2, default=str))
+        print(json.dumps(finite(value), indent=2, default=str))
 
     def _pair(self, key: str, value: Any) -> None:
         if isinstance(value, Mapping):
@@ -307,14 +307,3 @@ def _cell(key: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return str(value)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: such a number becomes null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

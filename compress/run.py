@@ -7,11 +7,9 @@ stands in measured.json.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,8 @@ from compress.card import model_card
 from compress.check import self_check
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import SHARD_BYTES
-from compress.checkpoint.source import Source
 from compress.checkpoint.writer import sync
-from compress.errors import GateError, UserError
+from compress.errors import GateError
 from compress.machine import (
     Machine,
     Progress,
@@ -34,13 +31,12 @@ from compress.machine import (
     reset_peak_memory,
     resident_memory,
 )
+from compress.output import check_apart, check_out, locked, publish, rejected, work_folder
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, dump
 from compress.steps import STEPS
 from compress.steps.evaluate.run import Evaluator
 from compress.steps.types import Job, StepPlan
-
-MARK = ".autoglm-compress"  # stands in every work folder of ours: nothing else is ever removed
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,16 @@ def run(
     lies in OUT.rejected.
     """
     progress = progress or Silent()
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     plan = make_plan(recipe, machine, progress=progress, where=where, out=out, shard_bytes=shard_bytes)
-    _check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
+    check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
     torch.set_num_threads(machine.threads)
-    with _work_folder(out, keep_work) as work:
-        return _Run(plan, _Place(out, work, overwrite, keep_work, shard_bytes), machine, progress).finish()
+    with locked(out), work_folder(out, keep_work) as work:
+        execution = _Run(plan, _Place(out, work, keep_work, shard_bytes), machine, progress)
+        try:
+            return execution.finish()
+        finally:
+            execution.close()
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ class _Place:
 
     out: Path
     work: Path
-    overwrite: bool
     keep_work: bool
     shard_bytes: int
 
@@ -98,6 +97,11 @@ class _Run:
         self.steps: list[dict[str, Any]] = []
         self.measured: dict[str, Any] = {"steps": []}
         self.evaluator: Evaluator | None = None
+
+    def close(self) -> None:
+        """Let go of the reference's files and hidden states."""
+        if self.evaluator is not None:
+            self.evaluator.close()
 
     def finish(self) -> Result:
         """All phases in order."""
@@ -119,8 +123,9 @@ class _Run:
         receipt = self._receipt(folder, failed)
         self.measured |= receipts.measured_host(self.machine, started)
         self._describe(folder, receipt)
-        target = self.place.out if not failed else self.place.out.with_name(self.place.out.name + ".rejected")
-        _publish(folder, target, replace_old=self.place.overwrite or bool(failed))
+        target = rejected(self.place.out) if failed else self.place.out
+        publish(folder, target)
+        sync(target.parent)
         result = Result(target, receipt, self.measured, tuple(self._rows()))
         if failed:
             head = f"{failed[0]}; the result lies in {target}"
@@ -153,7 +158,7 @@ class _Run:
         reset_peak_memory()
         outcome = work(job)
         seconds, peak = time.time() - start, peak_memory()
-        checked = self_check(target, self.plan.family, step, outcome, self.machine)
+        checked, full_load = self_check(target, self.plan.family, step, outcome, self.machine, self.progress)
         self.measured["steps"].append(
             {
                 "step": name,
@@ -162,6 +167,7 @@ class _Run:
                 "memory_before": before,
                 "memory_peak": peak,
                 "memory_predicted": step.memory,
+                "full_load": full_load,
                 **outcome.measured,
             }
         )
@@ -198,8 +204,8 @@ class _Run:
         """recipe.yaml, receipt.json, measured.json and the model card, synced."""
         texts = {
             "recipe.yaml": dump(self.recipe),
-            "receipt.json": json.dumps(receipt, indent=1, sort_keys=True) + "\n",
-            "measured.json": json.dumps(self.measured, indent=1) + "\n",
+            "receipt.json": json.dumps(receipts.finite(receipt), indent=1, sort_keys=True) + "\n",
+            "measured.json": json.dumps(receipts.finite(self.measured), indent=1) + "\n",
             "README.md": model_card(receipt, self.plan.source.folder),
         }
         for name, text in texts.items():
@@ -223,60 +229,6 @@ def _keep_scores(target: Path, source: Path) -> None:
         shutil.copytree(source / "sensitivity", target / "sensitivity", dirs_exist_ok=True)
         for path in sorted((target / "sensitivity").rglob("*")):
             sync(path)
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if not out.name:
-        raise UserError(f"{out}: not a folder that can be written")
-    if (out.exists() or out.is_symlink()) and not overwrite:
-        raise UserError(f"{out}: exists already", hint="--overwrite replaces it")
-    if out.exists() and not (out / "receipt.json").exists():
-        raise UserError(
-            f"{out}: exists and is not a result of ours (no receipt.json); it is not replaced",
-            hint="remove it yourself, or give another output folder",
-        )
-
-
-def _check_apart(out: Path, sources: list[Source]) -> None:
-    mine = out.resolve()
-    for source in sources:
-        theirs = source.folder.resolve()
-        if mine == theirs or theirs in mine.parents or mine in theirs.parents:
-            raise UserError(f"{out}: lies inside the source {source.name}, or the source inside it")
-
-
-@contextmanager
-def _work_folder(out: Path, keep: bool) -> Iterator[Path]:
-    """OUT.work, fresh; removed at the end, whatever happens, unless it is to be kept."""
-    work = out.with_name(out.name + ".work")
-    if work.exists():
-        if not (work / MARK).exists():
-            raise UserError(f"{work}: exists and is not a work folder of ours")
-        shutil.rmtree(work)
-    try:
-        work.mkdir(parents=True)
-        (work / MARK).touch()
-    except OSError as error:
-        raise UserError(f"{work}: cannot be written ({error.strerror})") from None
-    try:
-        yield work
-    finally:
-        if not keep:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def _publish(folder: Path, target: Path, replace_old: bool) -> None:
-    """Rename the finished folder to its place; an older result goes only once the new one stands."""
-    old = None
-    if target.exists() and replace_old:
-        old = target.with_name(target.name + ".old")
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(target, old)
-    os.rename(folder, target)
-    sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 __all__ = ["Result", "run"]

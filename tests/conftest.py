@@ -1,4 +1,4 @@
-"""What every test stands on: no network for models, two torch threads, and the demo model for those that need it."""
+"""What every test stands on: no network for models, one torch thread a test process, and the demo model for those that need it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["OMP_NUM_THREADS"] = "2"
-os.environ["MKL_NUM_THREADS"] = "2"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

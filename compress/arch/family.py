@@ -70,6 +70,7 @@ class Group:
 class Family:
     """One model family.
 
+    architecture: the stock class that config.json must name.
     text: module path of the decoder (with embed_tokens, layers, norm, rotary_emb) in the stock model; names on disk
     are the same. head: name of the output matrix. rope_axes: leading axes of position ids that rotary_emb takes.
     layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
@@ -78,6 +79,7 @@ class Family:
     """
 
     model_type: str
+    architecture: str
     text: str
     head: str
     rope_axes: int
@@ -91,7 +93,7 @@ class Family:
         return f"{self.text}.layers.{layer}."
 
     def sizes(self, header: Header) -> Sizes:
-        """Read the sizes; UserError names a key that is missing or not a positive whole number."""
+        """Read the sizes; UserError names a key that is missing, not a positive whole number, or beyond the tensors."""
         config = header.text_config
 
         def size(key: str, default: int | None = None) -> int:
@@ -105,10 +107,14 @@ class Family:
         kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise UserError(f"config.json: {heads} attention heads do not divide into {kv_heads} KV heads")
+        layers, tensors = size("num_hidden_layers"), len(header.tensors)
+        if tensors and layers > tensors:  # before every layer is listed: a wrong number may be a million
+            noun = "tensor" if tensors == 1 else "tensors"
+            raise UserError(f"config.json: num_hidden_layers is {layers}, but the checkpoint holds {tensors} {noun}")
         tied = header.config.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
         return Sizes(
             hidden=hidden,
-            layers=size("num_hidden_layers"),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=size("head_dim", hidden // heads),

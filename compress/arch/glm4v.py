@@ -45,6 +45,7 @@ def _refuse(sizes: Sizes) -> str | None:
 
 GLM4V = Family(
     model_type="glm4v",
+    architecture="Glm4vForConditionalGeneration",
     text="model.language_model",
     head="lm_head",
     rope_axes=3,

@@ -50,6 +50,7 @@ def _refuse(sizes: Sizes) -> str | None:
 
 LLAMA = Family(
     model_type="llama",
+    architecture="LlamaForCausalLM",
     text="model",
     head="lm_head",
     rope_axes=1,

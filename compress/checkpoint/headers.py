@@ -120,7 +120,8 @@ def read_header(folder: Path) -> Header:
     """Read config.json and all safetensors headers of `folder`.
 
     Raises UserError for: no folder, no config, no safetensors (with a word on pickles), a missing or truncated shard,
-    an index that names a path outside the folder or a tensor its shard lacks.
+    an index that names a path outside the folder or a tensor its shard lacks. Where model.safetensors and an index both
+    stand, the single file is the checkpoint and the index is not read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -184,12 +185,12 @@ def _entry(file: Path, name: str, value: dict[str, Any], base: int) -> tuple[Ten
 
 
 def _shard_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).exists():  # before an index, as stock transformers does
+        return [folder / SINGLE]
     index = folder / INDEX
     if index.exists():
         names = sorted(set(_weight_map(index).values()))
         return [inside(folder, name, index) for name in names]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise UserError(
@@ -208,7 +209,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _check_index(folder: Path, locations: Mapping[str, Location]) -> None:
     index = folder / INDEX
-    if not index.exists():
+    if (folder / SINGLE).exists() or not index.exists():
         return
     for name, shard in _weight_map(index).items():
         where = locations.get(name)

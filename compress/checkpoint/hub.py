@@ -26,6 +26,7 @@ ALLOWED = (
     "merges.txt",
     "LICENSE*",
     "NOTICE*",
+    "README.md",  # its front matter names the licence, for the card of what is made from it
 )
 # subfolders hold other formats of the same weights (original/, onnx/); consolidated* is Mistral's second copy
 IGNORED = ("*/*", "consolidated*")

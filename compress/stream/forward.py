@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,13 +56,12 @@ def stock_model(config: Mapping[str, Any]) -> nn.Module:
         stock_config = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in raw.items() if k != "model_type"})
     except Exception as error:  # strict dataclass validation: one type of its own per version
         raise UserError(f"config.json: stock transformers refuses it: {_one_line(error)}") from error
-    name = (raw.get("architectures") or [None])[0]
-    model_class = getattr(transformers, str(name), None)
-    if model_class is None:
-        raise UserError(f"config.json: architectures names {name!r}, which stock transformers does not have")
     stock_config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model: nn.Module = model_class(stock_config)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, raw["architectures"][0])(stock_config)
+    except Exception as error:  # an activation or rope type that does not exist, and what else a config can say
+        raise UserError(f"config.json: stock transformers cannot build it: {_one_line(error)}") from error
     return model.eval()
 
 
@@ -106,6 +104,22 @@ class Stream:
         self.layers = len(self._layer_list())
         rotary = self.text.get_submodule("rotary_emb")
         self._rotary = type(rotary)(config=rotary.config)  # its buffers, off the meta device
+        self._check_tie()
+
+    def _check_tie(self) -> None:
+        """Stock transformers does not tie two stored matrices that differ, whatever the config says."""
+        stored, shared = f"{self.family.head}.weight", self.family.head_tensor(self.reader.header)
+        if stored == shared or stored not in self.reader:
+            return
+        rows = self.reader.spec(shared).shape[0]
+        for start in range(0, rows, VOCAB_ROWS):
+            part = slice(start, start + VOCAB_ROWS)
+            if not torch.equal(self.reader.rows(stored, part), self.reader.rows(shared, part)):
+                raise UserError(
+                    f"{self.reader.folder}: config.json ties {self.family.head} to the embedding, but both are stored "
+                    "and differ",
+                    hint="set tie_word_embeddings to false in config.json",
+                )
 
     def _layer_list(self) -> nn.ModuleList:
         layers = self.text.get_submodule("layers")
@@ -214,11 +228,6 @@ class Stream:
         vocab = self.reader.spec(self.family.head_tensor(self.reader.header)).shape[0]
         out = torch.empty(hidden.shape[0] * hidden.shape[1], vocab, dtype=torch.float32)
         return self.head(hidden.flatten(0, 1), out).view(*hidden.shape[:2], vocab)
-
-
-def open_stream(folder: Path, family: Family, dtype: torch.dtype, linear: LinearLoader = plain_linear) -> Stream:
-    """A Stream over a folder whose reader lives as long as the stream."""
-    return Stream(Reader(folder), family, dtype=dtype, linear=linear)
 
 
 def _one_line(error: BaseException) -> str:

@@ -37,6 +37,10 @@ def main(capsys: pytest.CaptureFixture[str]) -> Main:
         (["prune", "-o", "o"], "MODEL: missing, required"),
         (["prune", "m"], "--output: missing, required"),
         (["quantize", "m", "-o", "o"], "--format: missing, required"),
+        (["quantize", "m", "-o", "o", "--format", "bf16", "--data", "x.txt"], "--data: no such option"),
+        (["quantize", "m", "-o", "o", "--format", "bf16", "--samples", "8"], "--samples: no such option"),
+        (["quantize", "m", "-o", "o", "--format", "bf16", "--length", "64"], "--length: no such option"),
+        (["quantize", "m", "-o", "o", "--format", "bf16", "--seed", "x"], "--seed: found 'x', allowed: a whole number"),
         (["distill", "m", "-o", "o"], "--teacher: missing, required"),
         (["prune", "m", "-o", "o", "extra"], "Got unexpected extra argument(s) (extra)"),
         (["prune", "m", "-o", "o", "--ratio", "1"], "--ratio: found 1.0, allowed: a number above 0 and below 1"),
@@ -73,7 +77,11 @@ def test_wrong_input_is_one_line(main: Main, arguments: list[str], line: str) ->
         (UserError("a", "b"), 2, "error: a\nhint: b\n"),
         (GateError("perplexity"), 3, "error: perplexity\n"),
         (MachineError("disk"), 4, "error: disk\n"),
-        (SelfCheckError("not what was meant"), 1, "error: not what was meant\n"),
+        (
+            SelfCheckError("not what was meant"),
+            1,
+            "error: self-check failed, nothing was put in place: not what was meant\n",
+        ),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (MemoryError(), 4, "error: out of memory (MemoryError)\nhint: fewer --samples or a smaller --length\n"),
         (
@@ -142,8 +150,8 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Recipe, P
             "{model: m, teacher: t, evaluate: never, data: {training: x.txt}, steps: [{distill: {max_steps: 5}}]}",
         ),
         (
-            ["quantize", "m", "-o", "o", "--format", "bf16"],
-            "{model: m, evaluate: never, steps: [{quantize: {format: bf16}}]}",
+            ["quantize", "m", "-o", "o", "--format", "bf16", "--seed", "3"],
+            "{model: m, seed: 3, evaluate: never, steps: [{quantize: {format: bf16}}]}",
         ),
     ],
 )

@@ -264,7 +264,7 @@ def test_a_failed_self_check_is_ours(
 
     monkeypatch.setattr(Writer, "put", planted)
     arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
-    refused(capsys, arguments, out, ["logits", "differ"], code=1)
+    refused(capsys, arguments, out, ["self-check failed", "logits", "differ"], code=1)
 
 
 def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,3 +293,94 @@ def test_too_little_memory_is_known_before_work(tmp_path: Path, capsys: pytest.C
     out = tmp_path / "out"
     arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--memory", "1MiB", "-q"]
     refused(capsys, arguments, out, ["memory"], code=4)
+
+
+def test_nothing_that_is_not_ours_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    work = ["quantize", str(model), "-o", str(out), "--format", "bf16", "-q"]
+    (tmp_path / "out.rejected").mkdir()
+    (tmp_path / "out.rejected" / "precious").touch()
+    refused(capsys, work, out, ["out.rejected", "not a result of ours"])
+    (tmp_path / "out.rejected").rename(tmp_path / "out.work")
+    refused(capsys, work, out, ["out.work", "not a work folder of ours"])
+    (tmp_path / "out.work").rename(tmp_path / "elsewhere")
+    out.symlink_to(tmp_path / "elsewhere")
+    assert main([*work, "--overwrite"]) == 2
+    assert "a link" in capsys.readouterr().err
+    assert (tmp_path / "elsewhere" / "precious").exists()
+
+
+def test_a_source_in_our_side_folders_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
+    assert main([*arguments, "--keep-work"]) == 0
+    kept = tmp_path / "out.work" / "1-prune"
+    kept.mkdir()
+    for path in out.iterdir():
+        if path.is_file():
+            (kept / path.name).write_bytes(path.read_bytes())
+    assert main(["quantize", str(kept), "-o", str(out), "--format", "int8", "--overwrite", "-q"]) == 2
+    assert "inside the source" in capsys.readouterr().err
+    assert (kept / "model.safetensors").exists() and (out / "model.safetensors").exists()
+
+
+def test_two_runs_into_one_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from compress.output import locked
+
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    work = ["quantize", str(model), "-o", str(out), "--format", "bf16", "-q"]
+    with locked(out):
+        assert main(work) == 2
+        assert "another run" in capsys.readouterr().err
+    assert main(work) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_an_interrupt_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    model = tiny.llama(tmp_path / "model")
+    out = tmp_path / "out"
+    work = ["quantize", str(model), "-o", str(out), "--format", "bf16", "-q"]
+    assert main(work) == 0
+    before = (out / "measured.json").read_bytes()
+    real = os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target) == out and "work" in str(source):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    assert main([*work, "--overwrite"]) == 130
+    assert (out / "measured.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+CONFIGS = {
+    "no architectures": (edit_config(architectures=None), ["architectures", "LlamaForCausalLM"]),
+    "odd architectures": (edit_config(architectures={"a": 1}), ["architectures", "LlamaForCausalLM"]),
+    "base class": (edit_config(architectures=["LlamaModel"]), ["architectures", "LlamaForCausalLM"]),
+    "unknown activation": (edit_config(hidden_act="nope"), ["config.json", "nope"]),
+}
+
+
+@pytest.mark.parametrize("fault", CONFIGS)
+def test_odd_configs(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    breaker, says = CONFIGS[fault]
+    model = tiny.llama(tmp_path / "model")
+    breaker(model)
+    out = tmp_path / "out"
+    arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
+    refused(capsys, arguments, out, says)
+
+
+def test_a_tie_that_stock_does_not_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    edit_config(tie_word_embeddings=True)(model)
+    out = tmp_path / "out"
+    arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
+    refused(capsys, arguments, out, ["lm_head", "differ"])

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.arch import family_of
+from compress.arch import Group, family_of
 from compress.checkpoint.headers import read_header
 from compress.data import DataSpec
 from compress.machine import Machine
 from compress.recipe import Recipe
 from compress.run import run
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.surgery import mask
+from compress.steps.prune.surgery import columns
 from tests import tiny
 from tests.stock import load, logits
 
@@ -31,6 +31,15 @@ DATA = DataSpec(source="builtin", samples=6, length=64)
 def prune(model: Path, out: Path, **options: object) -> Path:
     recipe = Recipe.single("prune", str(model), PruneOptions(**options), data=DATA)
     return run(recipe, out, Machine(1)).out
+
+
+def mask(tensors: dict[str, torch.Tensor], group: Group, gone: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same layer at full size with the units `gone` silenced (reader columns zeroed): what a cut must equal."""
+    new = dict(tensors)
+    reader = f"{group.reader}.weight"
+    new[reader] = tensors[reader].clone()
+    new[reader][:, columns(gone, group.width)] = 0
+    return new
 
 
 def masked_weights(source: Path, out: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +118,7 @@ def test_every_tensor_equals_stock(
 
 def test_tokenizer_and_configs(tmp_path: Path) -> None:
     source = pico(tmp_path / "pico.gguf", Kind.Q8_0)
-    convert(source, tmp_path / "out", notice="whose it is\n")
+    convert(source, tmp_path / "out", texts={"NOTICE": "whose it is\n", "README.md": "its card\n"})
     stock = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     ours = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "Abc def, 12 \n?"
@@ -130,6 +131,7 @@ def test_tokenizer_and_configs(tmp_path: Path) -> None:
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
     assert (tmp_path / "out" / "NOTICE").read_text() == "whose it is\n"
+    assert (tmp_path / "out" / "README.md").read_text() == "its card\n"
     assert str(tmp_path) not in "".join(p.read_text() for p in (tmp_path / "out").glob("*.json"))
 
 
@@ -206,6 +208,19 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, make: Callable[[Path], 
     assert caught.value.message.startswith(f"{source}: ")
     assert "\n" not in caught.value.message
     assert [p.name for p in tmp_path.iterdir()] == ["broken.gguf"]
+
+
+@pytest.mark.parametrize("which", ["AutoConfig", "AutoTokenizer"])
+def test_what_transformers_cannot_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no vocabulary\nmake sure that ...")
+
+    source = pico(tmp_path / "pico.gguf", Kind.Q8_0)
+    monkeypatch.setattr(getattr(transformers, which), "from_pretrained", fails)
+    with pytest.raises(UserError) as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.message == f"{source}: transformers cannot read its config or tokenizer (no vocabulary)"
+    assert [p.name for p in tmp_path.iterdir()] == ["pico.gguf"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from compress.arch import family_of
 from compress.checkpoint.headers import INDEX, SINGLE, Header, read_header
 from compress.errors import UserError
 
@@ -126,6 +127,14 @@ def test_index_with_a_tensor_no_shard_holds(tmp_path: Path) -> None:
     assert complaint(tmp_path).endswith("says that 'c' is in two.safetensors, which does not hold it")
 
 
+def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+    """As stock transformers does; what the index says then is of no account, however wrong."""
+    single(sharded(tmp_path), {"c": entry(0, 12)}, 12)
+    assert {name: where.file.name for name, where in read_header(tmp_path).locations.items()} == {"c": SINGLE}
+    sharded(tmp_path, {"a": "../one.safetensors"})
+    assert set(read_header(tmp_path).tensors) == {"c"}
+
+
 def test_tensor_in_two_shards(tmp_path: Path) -> None:
     sharded(tmp_path)
     (tmp_path / "two.safetensors").write_bytes(safetensors({"a": entry(0, 8)}, bytes(8)))
@@ -199,3 +208,24 @@ def test_weights_that_are_a_folder(tmp_path: Path) -> None:
 def test_dtype_is_the_float_that_holds_most_bytes(tmp_path: Path, make: Callable[[Path], Path], expected: str) -> None:
     header: Header = read_header(make(tmp_path))
     assert header.dtype == expected
+
+
+def llama_of(folder: Path, layers: int) -> Header:
+    """A config of `layers` layers above a checkpoint of one tensor."""
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 32}
+    single(folder, {"a": entry(0, 8)}, 8)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers, **sizes}))
+    return read_header(folder)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_listed(tmp_path: Path) -> None:
+    header = llama_of(tmp_path, 1_000_000)
+    with pytest.raises(UserError) as caught:
+        family_of(header).sizes(header)
+    assert caught.value.message == "config.json: num_hidden_layers is 1000000, but the checkpoint holds 1 tensor"
+    assert family_of(header).sizes(header.planned(header.config, [])).layers == 1_000_000  # nothing to compare with
+
+
+def test_as_many_layers_as_tensors_are_for_the_plan_to_judge(tmp_path: Path) -> None:
+    header = llama_of(tmp_path, 1)
+    assert family_of(header).sizes(header).layers == 1

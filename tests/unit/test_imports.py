@@ -28,7 +28,7 @@ LAYERS = (
     ("api", "report"),
     ("run",),
     ("receipt",),
-    ("plan", "check", "card", "inspect", "sensitivity"),
+    ("plan", "check", "card", "inspect", "output", "sensitivity"),
     ("recipe",),
     ("steps",),
     ("criteria", "losses", "formats"),

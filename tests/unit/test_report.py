@@ -106,7 +106,10 @@ class FakeResult:
         self.out, self.stages = out, ROWS
 
 
-def test_a_result_is_a_row_a_stage(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_is_a_row_a_stage(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # test processes side by side have one, of 80
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {}}))
     Screen().result(FakeResult(tmp_path))  # type: ignore[arg-type]
     head, dense, prune, *rest = capsys.readouterr().out.splitlines()

@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 
 from compress.checkpoint import demo, source
 from compress.checkpoint.source import Source, locate
@@ -113,8 +114,13 @@ def test_the_demo_is_named_by_its_spec(smollm2: Path) -> None:
     assert 'METADATA\nsays "License: Apache-2.0"' in notice
 
 
-def fake_convert(gguf: Path, target: Path, notice: str | None, progress: object) -> None:
-    del notice, progress
+def test_the_demo_says_its_licence_and_its_base_model(smollm2: Path) -> None:
+    front = (smollm2 / "README.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(front) == {"license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def fake_convert(gguf: Path, target: Path, texts: Mapping[str, str], progress: object) -> None:
+    del texts, progress
     target.mkdir()
     (target / "made-of").write_bytes(gguf.read_bytes())
 
@@ -150,10 +156,10 @@ def test_two_conversions_at_once_end_with_the_first(cache: Path, here: Path, mon
     """Both start before either ends; the one that comes second leaves the first one's folder alone."""
     both, made = threading.Barrier(2), []
 
-    def slow(gguf: Path, target: Path, notice: str | None, progress: object) -> None:
+    def slow(gguf: Path, target: Path, texts: Mapping[str, str], progress: object) -> None:
         made.append(target)
         both.wait(timeout=10)
-        fake_convert(gguf, target, notice, progress)
+        fake_convert(gguf, target, texts, progress)
 
     monkeypatch.setattr(source, "_convert", slow)
     found: list[Source] = []
@@ -191,6 +197,26 @@ def test_a_cache_that_cannot_be_written(here: Path, monkeypatch: pytest.MonkeyPa
     assert "\n" not in caught.value.message
 
 
+def test_what_fails_inside_a_conversion_is_not_blamed_on_the_cache(
+    cache: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no tokenizer in it")
+
+    monkeypatch.setattr(source, "_convert", broken)
+    with pytest.raises(OSError, match=r"^no tokenizer in it$"):
+        locate("model.gguf")
+    assert [p.name for p in cache.iterdir()] == ["digests"]
+
+
+def test_a_result_that_cannot_be_moved_is_the_caches_fault(
+    cache: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_convert", lambda *_: None)  # leaves nothing to rename
+    with pytest.raises(MachineError, match="the cache folder cannot be written"):
+        locate("model.gguf")
+
+
 def test_neither_torch_nor_transformers_is_imported() -> None:
     code = "import sys; from compress.checkpoint.source import locate; locate('.'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -202,6 +228,8 @@ FILES = {
     "model.safetensors": b"weights",
     "tokenizer.json": b"{}",
     "LICENSE": b"terms",
+    "README.md": b"---\nlicense: mit\n---\n",
+    "CHANGES.md": b"not needed",
     "pytorch_model.bin": b"pickle",
     "onnx/config.json": b"{}",
     "consolidated.safetensors": b"again",
@@ -304,7 +332,7 @@ def ask(home: Path, endpoint: str, *specs: str, offline: bool = False) -> list[l
 
 
 def test_the_hub(hub: str, tmp_path: Path) -> None:
-    kept = ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]
+    kept = ["LICENSE", "README.md", "config.json", "model.safetensors", "tokenizer.json"]
     size = sum(len(FILES[name]) for name in kept)
     fetched, again, absent, revision, gated, broken, pickles = ask(
         tmp_path,
@@ -335,4 +363,4 @@ def test_the_hub(hub: str, tmp_path: Path) -> None:
 def test_no_network(tmp_path: Path) -> None:
     ((code, message),) = ask(tmp_path, "http://127.0.0.1:9", "org/model")
     assert code == 4
-    assert message == "org/model: the hub cannot be reached (ConnectError)"
+    assert message == "org/model: no folder here, and the hub cannot be reached (ConnectError)"

@@ -72,6 +72,22 @@ def test_bytes_are_those_of_save_file(tmp_path: Path) -> None:
     assert (write(tmp_path / "out", tensors) / SINGLE).read_bytes() == (tmp_path / "stock.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_numbers_are_read_and_copied(tmp_path: Path, dtype: torch.dtype) -> None:
+    value = torch.arange(12).reshape(4, 3).to(dtype)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    save_file({"a": value}, tmp_path / "source" / SINGLE)
+    with Reader(tmp_path / "source") as reader, Writer(tmp_path / "out", reader.header.tensors.values()) as writer:
+        assert torch.equal(reader.tensor("a"), value)
+        assert torch.equal(reader.rows("a", [0, 1, 3]), torch.stack([value[0], value[1], value[3]]))
+        assert spec_of("a", value) == reader.spec("a")
+        writer.copy(reader, "a")
+    copied = load_file(tmp_path / "out" / SINGLE)["a"]
+    assert copied.dtype == dtype
+    assert torch.equal(copied, value)
+
+
 def test_non_contiguous_and_trained_tensors(tmp_path: Path) -> None:
     value = torch.arange(12.0).reshape(3, 4).requires_grad_()
     out = write(tmp_path / "out", {"a": value.T, "b": value[:, 1]})

@@ -6,7 +6,7 @@ from compress.arch import Family, Sizes, family_of
 from compress.checkpoint.headers import DTYPE_BYTES, Header
 from compress.checkpoint.layout import files_bytes
 from compress.errors import UserError, did_you_mean
-from compress.formats import PLAIN
+from compress.formats import PLAIN, is_quantized
 from compress.losses import LOSSES
 from compress.machine import Precision, cpu_precision
 from compress.steps.distill.options import DistillOptions
@@ -27,7 +27,7 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
 
     if options.loss not in LOSSES:
         refuse("loss", f"unknown loss '{options.loss}'{did_you_mean(options.loss, LOSSES)}")
-    if before.config.get("quantization_config"):
+    if is_quantized(before):
         refuse("", "the model is already quantized; distil before quantizing")
         return None
     _check_teacher(before, context, refuse)
@@ -114,7 +114,7 @@ def _check_teacher(before: Header, context: PlanContext, refuse: Complain) -> No
     if teacher is None:
         refuse("", "distillation needs a teacher")
         return
-    if teacher.config.get("quantization_config"):
+    if is_quantized(teacher):
         refuse("", "the teacher is quantized", hint="name the original checkpoint as teacher")
         return
     try:

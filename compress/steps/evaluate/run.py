@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from compress.arch import family_of
-from compress.checkpoint.headers import read_header
+from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.reader import Reader
 from compress.data import DataSpec, windows
-from compress.errors import UserError
+from compress.errors import MachineError, UserError
 from compress.formats import format_of
 from compress.machine import Machine, Progress, Silent
 from compress.stream.forward import Stream, compute_dtype
@@ -33,7 +34,8 @@ class _Model:
 
 
 class Evaluator:
-    """Measures folders on one set of windows against one reference, whose forward pass is run once and kept."""
+    """Measures folders on one set of windows against one reference, whose forward pass is run once, with the first
+    folder, and kept. The reference's files are open until `close`; use as a context manager."""
 
     def __init__(
         self,
@@ -48,33 +50,66 @@ class Evaluator:
         self.tokens = windows(data, "evaluation", tokenizer, seed)
         self.ids = torch.from_numpy(self.tokens.ids)
         self.reference_folder = reference
-        self.reference = None if reference is None else self._forward(reference, "reference")
+        self.reference: _Model | None = None
+        self._reference_reader = None if reference is None else Reader(reference)
 
-    def _forward(self, folder: Path, label: str) -> _Model:
-        reader = Reader(folder)
-        family = family_of(reader.header)
-        dtype, _ = compute_dtype(reader.header.dtype)
-        stream = Stream(reader, family, dtype=dtype, linear=format_of(reader.header).load)
-        return _Model(stream, stream.hidden(self.ids, self.progress, f"evaluating {label}"))
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the reference: its files and its hidden states."""
+        self.reference = None
+        if self._reference_reader is not None:
+            self._reference_reader.__exit__(None, None, None)
+
+    def memory(self, folder: Path) -> int:
+        """Bytes that measuring `folder` takes at least: hidden states of all windows, two blocks of logits."""
+        header = read_header(folder)
+        sizes = family_of(header).sizes(header)
+        hidden = sizes.hidden
+        if self._reference_reader is not None and folder != self.reference_folder:
+            other = self._reference_reader.header
+            hidden += family_of(other).sizes(other).hidden
+        return 4 * (self.ids.numel() * hidden + 2 * HEAD_TOKENS * sizes.vocab)
 
     def measure(self, folder: Path, label: str) -> dict[str, Any]:
         """perplexity, tokens, parameters, bytes; with a reference reference_perplexity, perplexity_ratio, kl (nats,
         reference to folder) and top1_agreement (share of positions whose likeliest next token is the same)."""
         header = read_header(folder)
-        same = self.reference if folder == self.reference_folder else None
-        model = same or self._forward(folder, label)
-        sums = self._sums(model)
+        if self._reference_reader is not None:
+            check_vocabulary(header, self._reference_reader.header)
+            if self.reference is None:
+                self.reference = self._forward(self._reference_reader, "reference")
+        if self.reference is not None and folder == self.reference_folder:
+            sums = self._sums(self.reference)
+        else:
+            with Reader(folder, header) as reader:
+                sums = self._sums(self._forward(reader, label))
+        return self._numbers(header, sums)
+
+    def _forward(self, reader: Reader, label: str) -> _Model:
+        family = family_of(reader.header)
+        dtype, _ = compute_dtype(reader.header.dtype)
+        stream = Stream(reader, family, dtype=dtype, linear=format_of(reader.header).load)
+        return _Model(stream, stream.hidden(self.ids, self.progress, f"evaluating {label}"))
+
+    def _numbers(self, header: Header, sums: dict[str, float]) -> dict[str, Any]:
         count = self.ids.shape[0] * (self.ids.shape[1] - 1)
         found: dict[str, Any] = {
-            "perplexity": math.exp(sums["nll"] / count),
+            "perplexity": _exp(sums["nll"] / count),
             "tokens": count,
             "parameters": format_of(header).parameters(header, family_of(header)),
             "bytes": header.stored_bytes(),
         }
         if self.reference is not None:
             found |= {
-                "reference_perplexity": math.exp(sums["reference_nll"] / count),
-                "perplexity_ratio": math.exp((sums["nll"] - sums["reference_nll"]) / count),
+                "reference_perplexity": _exp(sums["reference_nll"] / count),
+                "perplexity_ratio": _exp((sums["nll"] - sums["reference_nll"]) / count),
                 "kl": sums["kl"] / count,
                 "top1_agreement": sums["agree"] / count,
             }
@@ -95,10 +130,6 @@ class Evaluator:
                 totals["nll"] -= float(log_p.gather(1, target).sum(dtype=torch.float64))
                 if theirs is not None and self.reference is not None:
                     log_q = _log_probabilities(self.reference.stream, theirs[part])
-                    if log_q.shape != log_p.shape:
-                        raise UserError(
-                            f"the reference has {log_q.shape[1]} tokens in its vocabulary, not {log_p.shape[1]}"
-                        )
                     totals["reference_nll"] -= float(log_q.gather(1, target).sum(dtype=torch.float64))
                     totals["agree"] += float((log_q.argmax(1) == log_p.argmax(1)).sum())
                     totals["kl"] += float((log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64))
@@ -110,6 +141,20 @@ def _log_probabilities(stream: Stream, hidden: torch.Tensor) -> torch.Tensor:
     return stream.head_logits(hidden[None])[0].log_softmax(-1)
 
 
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # above 709 nats: no float64 holds it
+        return math.inf
+
+
+def check_vocabulary(header: Header, reference: Header) -> None:
+    """Refuse a reference whose logits cannot be compared token by token."""
+    mine, theirs = family_of(header).sizes(header).vocab, family_of(reference).sizes(reference).vocab
+    if mine != theirs:
+        raise UserError(f"the reference has {theirs} tokens in its vocabulary, the model {mine}")
+
+
 def evaluate(
     folder: Path,
     data: DataSpec,
@@ -119,6 +164,20 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Evaluate one folder; see `Evaluator.measure` for the keys."""
+    """Evaluate one folder; see `Evaluator.measure` for the keys.
+
+    Raises UserError for a reference with another vocabulary and MachineError for too little memory, both before any
+    forward pass. Whether the tensors have the shapes that the config implies is the caller's to check.
+    """
+    if reference is not None:
+        check_vocabulary(read_header(folder), read_header(reference))
     torch.set_num_threads(machine.threads)
-    return Evaluator(folder, data, seed=seed, reference=reference, progress=progress).measure(folder, "model")
+    with Evaluator(folder, data, seed=seed, reference=reference, progress=progress) as evaluator:
+        needed, available = evaluator.memory(folder), machine.available_memory()
+        if needed > available:
+            raise MachineError(
+                f"the evaluation needs at least {needed / 2**20:.1f} MiB of memory, "
+                f"{available / 2**20:.1f} MiB are available",
+                hint="fewer --samples or a smaller --length need less",
+            )
+        return evaluator.measure(folder, "model")

@@ -9,21 +9,22 @@ from compress.arch import Group, Sizes
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.criteria import CRITERIA
+from compress.data import most_tokens
 from compress.errors import did_you_mean
-from compress.formats import PLAIN
+from compress.formats import PLAIN, is_quantized
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain, PlanContext, StepPlan
 
 WIDE = 2048  # hidden size from which FFN widths are multiples of 256 (GGUF K-quants, tensor parallelism, INT8 kernels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrunePlan(StepPlan):
     """`keep`: units that stay in every layer, by group name. `removed`: share of the decoder layers' attention + FFN
     matrix parameters that goes."""
 
-    keep: Mapping[str, int] = None  # type: ignore[assignment]  # always given; dataclass order wants a default
-    removed: float = 0.0
+    keep: Mapping[str, int]
+    removed: float
 
 
 def plan(before: Header, options: PruneOptions, context: PlanContext, complain: Complain) -> PrunePlan | None:
@@ -37,7 +38,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
 
     if options.criterion not in CRITERIA:
         refuse("criterion", f"unknown criterion '{options.criterion}'{did_you_mean(options.criterion, CRITERIA)}")
-    if before.config.get("quantization_config"):
+    if is_quantized(before):
         refuse("", "the model is already quantized; prune before quantizing")
         return None
     family = context.family
@@ -205,7 +206,7 @@ def _after(
 def _memory(sizes: Sizes, keep: Mapping[str, int], context: PlanContext, before: Header) -> int:
     """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch."""
     data = context.data["calibration"]
-    tokens = (data.samples or 256) * data.length
+    tokens = most_tokens(data, "calibration") // 3 if data.samples is None else data.samples * data.length
     layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(context.family.prefix(0)))
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)

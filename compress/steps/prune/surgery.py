@@ -36,15 +36,6 @@ def cut(tensors: Mapping[str, torch.Tensor], group: Group, keep: torch.Tensor) -
     return new
 
 
-def mask(tensors: Mapping[str, torch.Tensor], group: Group, gone: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same layer at full size with the units `gone` silenced (reader columns zeroed): what a cut must equal."""
-    new = dict(tensors)
-    reader = f"{group.reader}.weight"
-    new[reader] = tensors[reader].clone()
-    new[reader][:, columns(gone, group.width)] = 0
-    return new
-
-
 def view(tensors: Mapping[str, torch.Tensor], group: Group, hessian: torch.Tensor | None, name: str) -> GroupView:
     """What a criterion sees of one group of a layer, in float32."""
     owned = []

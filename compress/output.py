@@ -1,0 +1,107 @@
+"""Where a result goes: what is refused, the work folder beside OUT, and the rename that makes a result appear.
+
+Nothing that is not ours is ever removed. One run at a time writes an OUT: a lock beside it is held for the whole run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from compress.checkpoint.source import Source
+from compress.errors import UserError
+
+MARK = ".autoglm-compress"  # stands in every work folder of ours
+
+
+def rejected(out: Path) -> Path:
+    """Where a result lies whose gates failed."""
+    return out.with_name(out.name + ".rejected")
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse an OUT that exists (unless it is a result of ours and may be replaced), and a foreign OUT.rejected."""
+    if not out.name:
+        raise UserError(f"{out}: not a folder that can be written")
+    if out.is_symlink():
+        raise UserError(f"{out}: a link; name the folder it leads to")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists already", hint="--overwrite replaces it")
+    for folder in (out, rejected(out)):
+        if os.path.lexists(folder) and not (folder / "receipt.json").is_file():
+            raise UserError(
+                f"{folder}: exists and is not a result of ours (no receipt.json); it is not replaced",
+                hint="move it away, or give another output folder",
+            )
+
+
+def check_apart(out: Path, sources: Sequence[Source]) -> None:
+    """Refuse sources that OUT, OUT.work or OUT.rejected would replace or remove, and an OUT inside a source."""
+    for source in sources:
+        theirs = source.folder.resolve()
+        for mine in (out.resolve(), out.with_name(out.name + ".work").resolve(), rejected(out).resolve()):
+            if mine == theirs or mine in theirs.parents or theirs in mine.parents:
+                raise UserError(f"{mine}: lies inside the source {source.name}, or the source inside it")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold OUT's lock; UserError when another run holds it. The kernel frees it with the process, however it ends."""
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{out}: another run is writing it") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def work_folder(out: Path, keep: bool) -> Iterator[Path]:
+    """OUT.work, fresh; removed at the end, whatever happens, unless it is to be kept."""
+    work = out.with_name(out.name + ".work")
+    if os.path.lexists(work):
+        if not (work / MARK).is_file():
+            raise UserError(f"{work}: exists and is not a work folder of ours")
+        shutil.rmtree(work)
+    try:
+        work.mkdir(parents=True)
+        (work / MARK).touch()
+    except OSError as error:
+        raise UserError(f"{work}: cannot be written ({error.strerror})") from None
+    try:
+        yield work
+    finally:
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Rename the finished folder to its place; an older result goes only once the new one stands."""
+    if not target.exists():
+        os.rename(folder, target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    old = aside / target.name
+    os.rename(target, old)
+    try:
+        os.rename(folder, target)
+    except BaseException:
+        os.rename(old, target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)

@@ -1,0 +1,92 @@
+"""The model card names the base model and its licence, whatever the result was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compress.card import model_card
+
+HUB = "zai-org/GLM-4.1V-9B-Thinking"
+
+
+def receipt(name: str) -> dict[str, Any]:
+    return {
+        "model": {"name": name},
+        "autoglm_compress": "1.0",
+        "steps": [{"step": "prune", "options": {"ffn": 0.25, "heads": None}, "parameters": 1000, "bytes": 2000}],
+        "stages": [],
+    }
+
+
+def folder(path: Path, card: str | None = None) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    if card is not None:
+        (path / "README.md").write_text(card, encoding="utf-8")
+    return path
+
+
+def front_of(card: str) -> dict[str, Any]:
+    lines = card.split("\n")
+    assert lines[0] == "---"
+    front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
+    assert isinstance(front, dict)
+    return front
+
+
+def test_a_hub_model_is_its_own_base(tmp_path: Path) -> None:
+    """What the hub's model was made from in its turn is not the base of ours."""
+    source = folder(tmp_path / "source", "---\nlicense: mit\nbase_model: org/before-it\n---\n# It\n")
+    card = model_card(receipt(f"{HUB}@0123abc"), source)
+    front = front_of(card)
+    assert (front["base_model"], front["license"]) == (HUB, "mit")
+    assert "The licence of the base model applies (mit)." in card
+    assert "| prune | ffn 0.25 | 1,000 | 2,000 |" in card
+
+
+@pytest.mark.parametrize("name", ["demo:smollm2-135m", "student", "model.gguf"])
+@pytest.mark.parametrize(("said", "kept"), [(HUB, HUB), (f"[{HUB}, gpt2]", [HUB, "gpt2"])])
+def test_others_say_their_base_in_their_card(tmp_path: Path, name: str, said: str, kept: object) -> None:
+    source = folder(tmp_path / "source", f"---\nlicense: apache-2.0\nbase_model: {said}\n---\n")
+    card = model_card(receipt(name), source)
+    assert front_of(card)["base_model"] == kept
+    assert f"The licence of the base model ({HUB}" in card
+    assert "applies (apache-2.0)." in card
+
+
+def test_a_chain_of_commands_keeps_base_and_licence(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", f"---\nlicense: mit\nbase_model: {HUB}\n---\n")
+    first = model_card(receipt("source"), source)
+    second = front_of(model_card(receipt("first"), folder(tmp_path / "first", first)))
+    assert second == front_of(first)
+    assert (second["base_model"], second["license"]) == (HUB, "mit")
+
+
+@pytest.mark.parametrize(
+    "said", ["/home/someone/model", "../out/student", "7", "{a: b}", "[]", "[org/model, /tmp/x]", "", "'a b'"]
+)
+def test_a_base_that_is_no_hub_id_is_left_out(tmp_path: Path, said: str) -> None:
+    source = folder(tmp_path / "source", f"---\nlicense: mit\nbase_model: {said}\n---\n")
+    front = front_of(model_card(receipt("source"), source))
+    assert "base_model" not in front
+    assert front["license"] == "mit"
+
+
+@pytest.mark.parametrize(
+    "card", [None, "", "# No front matter", "---\nlicense: mit\n", "---\n- a\n---\n", "---\n: [\n---\n", "---"]
+)
+def test_a_source_without_front_matter(tmp_path: Path, card: str | None) -> None:
+    made = model_card(receipt("student"), folder(tmp_path / "source", card))
+    assert front_of(made) == {"library_name": "transformers", "tags": ["autoglm-compress", "compressed"]}
+    assert "applies (see its files)." in made
+
+
+def test_dashes_within_a_value_do_not_end_the_front_matter(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", f"---\ntitle: a --- b\nlicense: mit\nbase_model: {HUB}\n---\n---\n")
+    front = front_of(model_card(receipt("student"), source))
+    assert (front["base_model"], front["license"]) == (HUB, "mit")
