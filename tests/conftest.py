@@ -1,4 +1,4 @@
-"""What every test stands on: no network for models, one torch thread a test process, and the demo model for those that need it."""
+"""What every test stands on: no network for models, one torch thread a process, and the demo model for some."""
 
 from __future__ import annotations
 
