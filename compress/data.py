@@ -27,6 +27,7 @@ BUILTIN = "builtin"
 SUFFIXES = (".txt", ".jsonl")
 SHARES: dict[Part, float] = {"calibration": 0.4, "training": 0.4, "evaluation": 0.2}
 PARAGRAPH = 40  # normalised characters; shorter paragraphs ("For example:") may stand in several topics
+BYTES_A_TOKEN = 3  # of prose, for estimates: common tokenizers take four and more
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 

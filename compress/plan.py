@@ -15,7 +15,7 @@ from compress.arch import Family, family_of
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.source import Source, locate
-from compress.data import TOKENIZERS, DataSpec, Part, check, most_tokens
+from compress.data import BYTES_A_TOKEN, TOKENIZERS, DataSpec, Part, check, most_tokens
 from compress.errors import MachineError, UserError
 from compress.formats import Plain, format_of
 from compress.machine import Machine, Progress, Silent
@@ -23,7 +23,6 @@ from compress.recipe import Recipe
 from compress.steps import STEPS
 from compress.steps.types import PlanContext, StepPlan
 
-BYTES_A_TOKEN = 3  # of prose, for estimates: common tokenizers take four and more
 SPARE = 64 * 2**20  # bytes of disk left over for what is small: tokenizer, receipt, scores
 
 

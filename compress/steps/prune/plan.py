@@ -9,7 +9,7 @@ from compress.arch import Group, Sizes
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.criteria import CRITERIA
-from compress.data import most_tokens
+from compress.data import BYTES_A_TOKEN, most_tokens
 from compress.errors import did_you_mean
 from compress.formats import PLAIN, is_quantized
 from compress.steps.prune.options import PruneOptions
@@ -206,7 +206,7 @@ def _after(
 def _memory(sizes: Sizes, keep: Mapping[str, int], context: PlanContext, before: Header) -> int:
     """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch."""
     data = context.data["calibration"]
-    tokens = most_tokens(data, "calibration") // 3 if data.samples is None else data.samples * data.length
+    tokens = most_tokens(data, "calibration") // BYTES_A_TOKEN if data.samples is None else data.samples * data.length
     layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(context.family.prefix(0)))
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)
