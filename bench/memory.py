@@ -98,7 +98,6 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     imports = resident_after_imports()
     peak, seconds = peak_of(case.command(model, out, given.length, given.threads))
     (step,) = json.loads((out / "measured.json").read_text())["steps"]
-    full_load = json.loads((out / "receipt.json").read_text())["steps"][0]["self_check"]["full_load"]
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out)
     return {
@@ -107,7 +106,7 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
         "above": peak - imports,
         "step_above": step["memory_peak"] - step["memory_before"],
         "predicted": step["memory_predicted"],
-        "full_load": full_load,
+        "full_load": step["full_load"],
         "weights_written": weights,
         "seconds": round(seconds, 1),
         "threads": given.threads or len(os.sched_getaffinity(0)),

@@ -15,8 +15,8 @@ from compress.arch import Family, family_of
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.source import Source, locate
-from compress.data import BYTES_A_TOKEN, TOKENIZERS, DataSpec, Part, check, most_tokens
-from compress.errors import MachineError, UserError
+from compress.data import BUILTIN, BYTES_A_TOKEN, TOKENIZERS, DataSpec, Part, check, most_tokens
+from compress.errors import GateError, MachineError, UserError
 from compress.formats import Plain, format_of
 from compress.machine import Machine, Progress, Silent
 from compress.recipe import Recipe
@@ -38,6 +38,7 @@ class Plan:
     before: Header
     parameters: int
     steps: tuple[StepPlan, ...]
+    notes: tuple[str, ...]
     memory: int | None
     disk: int | None
 
@@ -49,6 +50,7 @@ class Plan:
             "parameters": self.parameters,
             "bytes": self.before.nbytes,
             "steps": [self._step(index, step) for index, step in enumerate(self.steps)],
+            "notes": list(self.notes),
         }
         if self.teacher is not None:
             found["teacher"] = self.teacher.name
@@ -57,7 +59,7 @@ class Plan:
         return found
 
     def _step(self, index: int, step: StepPlan) -> dict[str, Any]:
-        before, after = self.family.sizes(step.before), self.family.sizes(step.after)
+        before, after = (family_of(header).sizes(header) for header in (step.before, step.after))
         found: dict[str, Any] = {
             "step": f"{index + 1}-{step.kind}",
             "options": step.options.model_dump(mode="json", exclude_none=True),
@@ -85,6 +87,7 @@ class _Complaints:
         self.where = where
         self.lines: list[str] = []
         self.hints: list[str] = []
+        self.machine: MachineError | None = None  # told only when nothing is wrong with the input
 
     def add(self, path: str, message: str, hint: str | None = None) -> None:
         key = path if self.where is not None else _flag(path.rsplit(".", 1)[-1])
@@ -95,6 +98,8 @@ class _Complaints:
 
     def finish(self) -> None:
         if not self.lines:
+            if self.machine is not None:
+                raise self.machine
             return
         text = self.lines[0] if len(self.lines) == 1 else "\n".join([f"{len(self.lines)} problems:", *self.lines])
         raise UserError(text, hint="; ".join(self.hints) or None)
@@ -112,33 +117,37 @@ def make_plan(
 ) -> Plan:
     """Plan `recipe`. `where` names the recipe in messages; None: a lone command, whose messages name flags.
 
-    Raises UserError with all complaints; MachineError when memory or disk are too small (only without complaints:
-    a wrong input is told first).
+    Raises UserError with all complaints; only without any GateError for a gate that the planned size fails, and
+    MachineError when memory, disk or the network are in the way: a wrong input is told first.
     """
-    source = locate(recipe.model, progress=progress or Silent())
-    before = read_header(source.folder)
-    family = family_of(before)
     complaints = _Complaints(where)
-    for line in check_shapes(source.folder, family, before):
-        complaints.add("model", line)
-    complaints.finish()
-    teacher, teacher_header = _teacher(recipe, source, before, progress, complaints)
-    _check_data(recipe, source.folder, complaints)
-    context = PlanContext(family, _data(recipe), teacher_header, machine.threads, shard_bytes)
+    found = _checkpoint("model", recipe.model, progress, complaints)
+    teacher = _teacher(recipe, found, progress, complaints)
+    _check_data(recipe, found[0].folder if found else None, complaints)
+    if found is None:
+        complaints.finish()  # what the steps would make of it cannot be known
+        raise AssertionError("a model that was not found is a complaint")
+    source, before = found
+    family = family_of(before)
+    context = PlanContext(_data(recipe), teacher[1] if teacher else None, machine.threads, shard_bytes)
     steps = _plan_steps(recipe, before, context, complaints)
     complaints.finish()
+    _check_gates(recipe, steps[-1])
     memory = max((step.memory for step in steps), default=0) + _evaluation_memory(recipe, family, before)
     disk = sum(step.nbytes for step in steps) + SPARE
     if check_machine:
         _check_machine(machine, memory, disk, out)
     parameters = format_of(before).parameters(before, family)
     shown = (memory, disk) if check_machine else (None, None)
-    return Plan(recipe, source, teacher, family, before, parameters, steps, *shown)
+    notes = _notes(recipe)
+    return Plan(recipe, source, teacher[0] if teacher else None, family, before, parameters, steps, notes, *shown)
 
 
 def _plan_steps(recipe: Recipe, before: Header, context: PlanContext, complaints: _Complaints) -> tuple[StepPlan, ...]:
     planned: list[StepPlan] = []
     for index, entry in enumerate(recipe.steps):
+        if entry.kind == "distill" and context.teacher is None:
+            continue  # what is wrong with the teacher has been said
 
         def complain(key: str, message: str, hint: str | None = None, at: str = f"steps.{index}.{entry.kind}") -> None:
             complaints.add(f"{at}.{key}" if key else at, message, hint)
@@ -162,14 +171,15 @@ def _needed_data(recipe: Recipe) -> list[str]:
     return sorted(parts)
 
 
-def _check_data(recipe: Recipe, folder: Path, complaints: _Complaints) -> None:
+def _check_data(recipe: Recipe, folder: Path | None, complaints: _Complaints) -> None:
     needed = _needed_data(recipe)
     for part in needed:
         try:
             check(getattr(recipe.data, part), cast(Part, part))
         except UserError as problem:
             complaints.add(f"data.{part}", problem.message, problem.hint)
-    _check_tokenizer("model", folder, needed, complaints)
+    if folder is not None:
+        _check_tokenizer("model", folder, needed, complaints)
     if recipe.gates is not None and recipe.evaluate == "never":
         quality = [
             k for k in ("max_perplexity_ratio", "max_kl", "min_top1_agreement") if getattr(recipe.gates, k) is not None
@@ -183,21 +193,63 @@ def _check_tokenizer(key: str, folder: Path, needed: Sequence[str], complaints: 
         complaints.add(key, f"{folder}: no tokenizer ({', '.join(TOKENIZERS)}), which {' and '.join(needed)} data need")
 
 
+def _checkpoint(
+    key: str, spec: str, progress: Progress | None, complaints: _Complaints
+) -> tuple[Source, Header] | None:
+    """Where a checkpoint is, and its header; None after a complaint."""
+    try:
+        source = locate(spec, progress=progress or Silent())
+        header = read_header(source.folder)
+        wrong = check_shapes(source.folder, family_of(header), header)
+    except UserError as problem:
+        complaints.add(key, problem.message, problem.hint)
+        return None
+    except MachineError as problem:
+        complaints.machine = complaints.machine or problem
+        return None
+    for line in wrong:
+        complaints.add(key, line)
+    return None if wrong else (source, header)
+
+
 def _teacher(
-    recipe: Recipe, source: Source, before: Header, progress: Progress | None, complaints: _Complaints
-) -> tuple[Source | None, Header | None]:
+    recipe: Recipe, model: tuple[Source, Header] | None, progress: Progress | None, complaints: _Complaints
+) -> tuple[Source, Header] | None:
+    """What distill learns from; None when nothing does, or after a complaint."""
     if not any(entry.kind == "distill" for entry in recipe.steps):
         if recipe.teacher is not None:
             complaints.add("teacher", "no step uses it: there is no distill step")
-        return None, None
+        return None
     if recipe.teacher is None:
-        return source, before
-    teacher = locate(recipe.teacher, progress=progress or Silent())
-    header = read_header(teacher.folder)
-    for line in check_shapes(teacher.folder, family_of(header), header):
-        complaints.add("teacher", line)
-    _check_tokenizer("teacher", teacher.folder, ["training"], complaints)
-    return teacher, header
+        return model
+    found = _checkpoint("teacher", recipe.teacher, progress, complaints)
+    if found is not None:
+        _check_tokenizer("teacher", found[0].folder, ["training"], complaints)
+    return found
+
+
+def _check_gates(recipe: Recipe, last: StepPlan) -> None:
+    """Refuse now what the result's size would fail in the end."""
+    planned = {"max_bytes": last.nbytes, "max_parameters": last.parameters}
+    failed = [
+        f"gate {gate}: the plan gives {value:,}, allowed {limit:,}; nothing was run"
+        for gate, value in planned.items()
+        if recipe.gates is not None and (limit := getattr(recipe.gates, gate)) is not None and value > limit
+    ]
+    if failed:
+        raise GateError("\n".join(failed))
+
+
+def _notes(recipe: Recipe) -> tuple[str, ...]:
+    data = _data(recipe)
+    needed = _needed_data(recipe)
+    if "evaluation" not in needed or data["evaluation"].source == BUILTIN:  # its parts share no text
+        return ()
+    same = [part for part in needed if part != "evaluation" and data[part].source == data["evaluation"].source]
+    return tuple(
+        f"evaluation and {part} read the same text ({data[part].source}): the result is judged on what it was made with"
+        for part in same
+    )
 
 
 def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:

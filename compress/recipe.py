@@ -186,7 +186,7 @@ def explain(error: ErrorDetails, model: type[BaseModel]) -> str:
         return "unknown key" + did_you_mean(key, model.model_fields)
     if error["type"] == "missing":
         return f"missing; allowed: {allowed(model, key)}"
-    if error["type"] in ("value_error", "assertion_error"):
+    if error["type"] in ("value_error", "assertion_error"):  # raised by a validator of ours: its words are enough
         return error["msg"].split(", ", 1)[-1]
     found = f"found {show(error['input'])}, allowed: {allowed(model, key)}"
     choices = _schema(model, key).get("enum")

@@ -20,6 +20,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from compress.arch import family_of
 from compress.machine import Progress, Silent, Task
 from compress.receipt import finite
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-    from compress.arch import Family
     from compress.plan import Plan
     from compress.run import Result
     from compress.steps.types import StepPlan
@@ -176,7 +176,7 @@ class Screen(AbstractContextManager["Screen"]):
         what = f"{made.family.model_type}, {sizes.layers} layers, FFN {sizes.ffn}, heads {sizes.heads}/{sizes.kv_heads}"
         rows = [["source", what, f"{made.parameters:,}", size(made.before.nbytes), ""]]
         for number, step in enumerate(made.steps, 1):
-            what, memory = changes(made.family, step), size(step.memory)
+            what, memory = changes(step), size(step.memory)
             rows.append([f"{number} {step.kind}", what, f"{step.parameters:,}", size(step.nbytes), memory])
         columns = ["step", "what", "parameters", "bytes", "peak memory"]
         width = len(columns) if made.memory is not None else len(columns) - 1
@@ -184,6 +184,8 @@ class Screen(AbstractContextManager["Screen"]):
         if made.teacher is not None and made.teacher != made.source:
             self._pair("teacher", made.teacher.name)
         self._table(columns[:width], [row[:width] for row in rows], left=2)
+        for note in () if self._quiet else made.notes:
+            plain(self._out, f"  {note}")
         for step in made.steps:
             for note in () if self._quiet else step.notes:
                 plain(self._out, f"  {step.kind}: {note}")
@@ -259,9 +261,9 @@ def how_to_load(folder: Path) -> str:
     return f"transformers.{auto}.from_pretrained({str(folder)!r})"
 
 
-def changes(family: Family, step: StepPlan) -> str:
+def changes(step: StepPlan) -> str:
     """`FFN 1536 -> 1256, heads 9 -> 6`, or the options given when no shape changes."""
-    before, after = family.sizes(step.before), family.sizes(step.after)
+    before, after = (family_of(header).sizes(header) for header in (step.before, step.after))
     pairs = (("FFN", before.ffn, after.ffn), ("heads", before.heads, after.heads))
     shapes = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     options = [f"{key} {value}" for key, value in step.options.model_dump(exclude_defaults=True).items()]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from compress import receipt as receipts
+from compress.arch import family_of
 from compress.card import model_card
 from compress.check import self_check
 from compress.checkpoint.headers import read_header
@@ -106,6 +107,8 @@ class _Run:
     def finish(self) -> Result:
         """All phases in order."""
         started = time.time()
+        for note in self.plan.notes:
+            self.progress.note(note)
         if self.recipe.evaluate != "never":
             reference = self.plan.source.folder
             self.evaluator = Evaluator(
@@ -143,7 +146,7 @@ class _Run:
         teacher = self.plan.teacher.folder if self.plan.teacher else None
         job = Job(
             plan=step,
-            family=self.plan.family,
+            family=family_of(step.before),
             source=source,
             target=target,
             teacher=teacher,
@@ -158,7 +161,7 @@ class _Run:
         reset_peak_memory()
         outcome = work(job)
         seconds, peak = time.time() - start, peak_memory()
-        checked, full_load = self_check(target, self.plan.family, step, outcome, self.machine, self.progress)
+        checked, full_load = self_check(target, step, outcome, self.machine, self.progress)
         self.measured["steps"].append(
             {
                 "step": name,

@@ -7,7 +7,7 @@ checks its codec, its bytes and its reload in stock transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.headers import Header
 from compress.errors import UserError, did_you_mean
@@ -15,6 +15,12 @@ from compress.formats.bnb_int8 import BNB_INT8
 from compress.formats.compressed_tensors import PACKED, W8A16_FORMAT, WEIGHTS
 from compress.formats.format import Format, decoder_linears, row_blocks
 from compress.formats.plain import BF16, FP16, PLAIN, Plain
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.checkpoint.reader import Reader
+    from compress.stream.forward import Stream
 
 FORMATS: dict[str, Format] = {format.name: format for format in (BF16, FP16, BNB_INT8, W8A16_FORMAT)}
 ALIASES = {"int8": "bnb-int8"}
@@ -29,6 +35,7 @@ __all__ = [
     "format_named",
     "format_of",
     "is_quantized",
+    "open_stream",
     "row_blocks",
 ]
 
@@ -64,6 +71,14 @@ def format_of(header: Header) -> Format:
         f"config.json: quantization_config with quant_method {method!r}{detail} is not supported",
         hint=f"start from the plain checkpoint; formats read here: {', '.join(FORMATS)}",
     )
+
+
+def open_stream(reader: Reader, dtype: torch.dtype) -> Stream:
+    """The streaming executor of a checkpoint in whatever family and format its config.json names."""
+    from compress.arch import family_of
+    from compress.stream.forward import Stream
+
+    return Stream(reader, family_of(reader.header), dtype=dtype, linear=format_of(reader.header).load)
 
 
 def _is_w8a16(config: Mapping[str, Any]) -> bool:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
 from compress.arch import Family
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.data import DataSpec
+from compress.errors import did_you_mean
 from compress.machine import Machine, Progress
 
 if TYPE_CHECKING:
@@ -25,6 +26,18 @@ class StepOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def one_of(what: str, names: Iterable[str]) -> tuple[AfterValidator, WithJsonSchema]:
+    """Annotations of a str option that takes one name of a table: `Annotated[str, *one_of("criterion", CRITERIA)]`."""
+    known = tuple(names)
+
+    def check(found: str) -> str:
+        if found not in known:
+            raise ValueError(f"unknown {what} '{found}'{did_you_mean(found, known)}")
+        return found
+
+    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": list(known)})
+
+
 class Complain(Protocol):
     """Collects one complaint: the option at fault (`"ratio"`, or "" for the step), what is wrong, a hint."""
 
@@ -35,7 +48,6 @@ class Complain(Protocol):
 class PlanContext:
     """What a step's planner may look at besides the header of its input."""
 
-    family: Family
     data: Mapping[str, DataSpec]  # calibration, training, evaluation
     teacher: Header | None  # the distillation teacher's header; None when the plan has no distil step
     threads: int
@@ -65,7 +77,7 @@ class Job:
     """What a step's `run` gets. `target` does not exist yet: the step writes it through `Writer`, whole or not."""
 
     plan: StepPlan
-    family: Family
+    family: Family  # of the step's input; a step may write another (family_of(plan.after))
     source: Path
     target: Path
     teacher: Path | None

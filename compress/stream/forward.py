@@ -17,6 +17,7 @@ from compress.arch import Family
 from compress.checkpoint.reader import Reader
 from compress.errors import UserError
 from compress.machine import Progress, Silent, cpu_precision, return_freed_memory
+from compress.stream.stock import stock_model
 
 BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
 VOCAB_ROWS = 16384  # rows of the output matrix that are in memory at once
@@ -43,34 +44,6 @@ def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
             f"found {list(value.shape)}"
         )
     setattr(module, name, nn.Parameter(value, requires_grad=False))
-
-
-def stock_model(config: Mapping[str, Any]) -> nn.Module:
-    """The stock transformers model of a raw config.json, on the meta device, in eval mode, with sdpa attention."""
-    import transformers
-    from transformers import AutoConfig
-
-    quiet_transformers()
-    raw = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        stock_config = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in raw.items() if k != "model_type"})
-    except Exception as error:  # strict dataclass validation: one type of its own per version
-        raise UserError(f"config.json: stock transformers refuses it: {_one_line(error)}") from error
-    stock_config._attn_implementation = "sdpa"
-    try:
-        with torch.device("meta"):
-            model: nn.Module = getattr(transformers, raw["architectures"][0])(stock_config)
-    except Exception as error:  # an activation or rope type that does not exist, and what else a config can say
-        raise UserError(f"config.json: stock transformers cannot build it: {_one_line(error)}") from error
-    return model.eval()
-
-
-def quiet_transformers() -> None:
-    """Keep transformers' own bars and advice out of our output; errors still raise."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def compute_dtype(stored: str) -> tuple[torch.dtype, str]:
@@ -228,7 +201,3 @@ class Stream:
         vocab = self.reader.spec(self.family.head_tensor(self.reader.header)).shape[0]
         out = torch.empty(hidden.shape[0] * hidden.shape[1], vocab, dtype=torch.float32)
         return self.head(hidden.flatten(0, 1), out).view(*hidden.shape[:2], vocab)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

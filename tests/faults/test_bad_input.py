@@ -232,18 +232,34 @@ def test_folders_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list(there.iterdir()) == []
 
 
+def test_a_gate_that_the_planned_size_fails_ends_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.llama(tmp_path / "model")
+    recipe = tmp_path / "strict.yaml"
+    recipe.write_text(
+        f"model: {model}\nsteps:\n- prune: {{ffn: 0.5}}\nevaluate: never\n"
+        "data:\n  calibration: {samples: 4, length: 64}\ngates: {max_bytes: 1, max_parameters: 10}\n"
+    )
+    for command in (["plan", str(recipe)], ["run", str(recipe), "-o", str(tmp_path / "out"), "-q"]):
+        assert main(command) == 3
+        error = capsys.readouterr().err
+        assert "gate max_bytes: the plan gives" in error and "gate max_parameters" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "strict.yaml"]
+
+
 def test_a_failed_gate_keeps_the_result_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny.llama(tmp_path / "model")
     recipe = tmp_path / "strict.yaml"
     recipe.write_text(
         f"model: {model}\nsteps:\n- prune: {{ffn: 0.5}}\n"
         "data:\n  calibration: {samples: 4, length: 64}\n  evaluation: {samples: 2, length: 64}\n"
-        "gates: {max_kl: 0.000001, max_parameters: 10}\n"
+        "gates: {max_kl: 0.000001, min_top1_agreement: 1}\n"
     )
     out = tmp_path / "out"
     assert main(["run", str(recipe), "-o", str(out), "-q"]) == 3
     error = capsys.readouterr().err
-    assert "max_kl" in error and "max_parameters" in error and "out.rejected" in error
+    assert "max_kl" in error and "min_top1_agreement" in error and "out.rejected" in error
     assert not out.exists()
     assert (tmp_path / "out.rejected" / "receipt.json").exists()
     assert not (tmp_path / "out.work").exists()

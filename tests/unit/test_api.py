@@ -105,7 +105,7 @@ def test_run_and_plan_are_the_commands(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="overrides are for recipe files"):
         compress.plan(plan.recipe, changed)
     with pytest.raises(GateError, match=r"out\.rejected") as failed:
-        compress.run(recipe, tmp_path / "out", ["gates.max_bytes=1"], machine=ONE)
+        compress.run(recipe, tmp_path / "out", ["gates.max_kl=1e-9"], machine=ONE)
     assert isinstance(failed.value.result, compress.Result)
 
 

@@ -65,6 +65,7 @@ HEAVY = {
     "compress.steps.quantize.run",
     "compress.stream.forward",
     "compress.stream.statistics",
+    "compress.stream.stock",
 }
 LIBRARIES = {"torch", "transformers", "accelerate", "bitsandbytes", "datasets", "matplotlib", "pandas"}
 

@@ -10,6 +10,7 @@ import pytest
 from compress import recipe as recipes
 from compress.data import DataSpec
 from compress.errors import UserError
+from compress.formats import FORMATS
 from compress.recipe import Recipe, StepEntry, dump, find, load, loads
 from compress.steps.distill.options import DistillOptions
 from compress.steps.prune.options import PruneOptions
@@ -64,12 +65,12 @@ def test_a_word_is_short_for_a_source_and_keeps_the_parts_defaults() -> None:
             GOOD.replace("0.2", ".nan"),
             "r.yaml:3: steps.0.prune.ratio: found '.nan', allowed: a number above 0 and below 1",
         ),
-        (GOOD.replace("int8", "8"), "r.yaml:5: steps.2.quantize.format: found 8, allowed: text"),
+        (GOOD.replace("int8", "8"), "r.yaml:5: steps.2.quantize.format: found 8, allowed: bf16, fp16"),
         (
             GOOD.replace("{ratio: 0.2}", "{refit: yes}"),
             "r.yaml:3: steps.0.prune.refit: found 'yes', allowed: true or false",
         ),
-        (GOOD.replace(" {format: int8}", ""), "r.yaml:5: steps.2.quantize.format: missing; allowed: text"),
+        (GOOD.replace(" {format: int8}", ""), "r.yaml:5: steps.2.quantize.format: missing; allowed: bf16, fp16"),
         (GOOD.replace("prune", "prnue"), "r.yaml:3: steps.0.prnue: unknown step; did you mean 'prune'?"),
         (
             GOOD.replace("  - distill:", "    distill:"),
@@ -195,7 +196,7 @@ def test_whatever_is_dumped_loads_to_an_equal_recipe() -> None:
         steps = [
             StepEntry(kind="prune", options=PruneOptions(ffn=dice.random(), damping=10.0 ** dice.randint(-9, 9))),
             StepEntry(kind="distill", options=DistillOptions(learning_rate=dice.random() * 1e-5 + 1e-9, batch=2)),
-            StepEntry(kind="quantize", options=QuantizeOptions(format=dice.choice(awkward))),
+            StepEntry(kind="quantize", options=QuantizeOptions(format=dice.choice(list(FORMATS)))),
         ]
         dice.shuffle(steps)
         recipe = Recipe(

@@ -6,13 +6,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from compress.steps.types import StepOptions
+from compress.losses import LOSSES
+from compress.steps.types import StepOptions, one_of
 
 
 class DistillOptions(StepOptions):
     """Train the student to give the teacher's next-token distribution."""
 
-    loss: str = Field("forward-kl", description="The distillation loss: forward-kl.")
+    loss: Annotated[str, *one_of("loss", LOSSES)] = Field(
+        "forward-kl", description=f"The distillation loss: {', '.join(LOSSES)}."
+    )
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the training windows.")
     max_steps: Annotated[int, Field(gt=0)] | None = Field(None, description="Stop after this many optimizer steps.")
     batch: Annotated[int, Field(gt=0)] = Field(4, description="Windows per optimizer step.")

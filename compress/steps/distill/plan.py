@@ -5,9 +5,8 @@ from __future__ import annotations
 from compress.arch import Family, Sizes, family_of
 from compress.checkpoint.headers import DTYPE_BYTES, Header
 from compress.checkpoint.layout import files_bytes
-from compress.errors import UserError, did_you_mean
+from compress.errors import UserError
 from compress.formats import PLAIN, is_quantized
-from compress.losses import LOSSES
 from compress.machine import Precision, cpu_precision
 from compress.steps.distill.options import DistillOptions
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -25,18 +24,17 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
         complaints += 1
         complain(key, message, hint)
 
-    if options.loss not in LOSSES:
-        refuse("loss", f"unknown loss '{options.loss}'{did_you_mean(options.loss, LOSSES)}")
     if is_quantized(before):
         refuse("", "the model is already quantized; distil before quantizing")
         return None
     _check_teacher(before, context, refuse)
     if complaints or context.teacher is None:
         return None
-    sizes = context.family.sizes(before)
+    family = family_of(before)
+    sizes = family.sizes(before)
     length = context.data["training"].length  # that the source can give such windows is checked for every recipe
     twice = checkpointing(sizes, options.batch * length)
-    frozen = len(before.tensors) - len(trained(before, context.family))
+    frozen = len(before.tensors) - len(trained(before, family))
     notes = [f"layers are computed {'twice' if twice else 'once'}, because {_activation_note(sizes, options, length)}"]
     if frozen:
         notes.append(f"{frozen} tensors outside the text model are not trained and pass through unchanged")
@@ -45,9 +43,9 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
         options=options,
         before=before,
         after=before.planned(before.config, before.tensors.values()),
-        parameters=PLAIN.parameters(before, context.family),
+        parameters=PLAIN.parameters(before, family),
         nbytes=files_bytes(before.tensors.values(), context.shard_bytes),
-        memory=memory(before, context.teacher, context.family, options.batch * length),
+        memory=memory(before, context.teacher, family, options.batch * length),
         notes=tuple(notes),
     )
 
@@ -122,6 +120,6 @@ def _check_teacher(before: Header, context: PlanContext, refuse: Complain) -> No
     except UserError as error:
         refuse("", f"the teacher's {error.message}", error.hint)
         return
-    ours = context.family.sizes(before).vocab
+    ours = family_of(before).sizes(before).vocab
     if theirs != ours:
         refuse("", f"the teacher has another vocabulary: {theirs} tokens, the model has {ours}")

@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from torch import nn
 
 from compress.arch import Family, family_of
@@ -32,6 +29,7 @@ from compress.steps.distill.options import DistillOptions
 from compress.steps.distill.plan import checkpointing, teacher_dtype, trained
 from compress.steps.distill.trainer import Decoder, Distiller
 from compress.steps.types import Job, Outcome
+from compress.stream.stock import quiet, stock_class
 
 PROBE = (2, 64)  # windows x tokens of the training data whose logits the written folder must give
 
@@ -53,7 +51,7 @@ def run(job: Job) -> Outcome:
     order = training_order(tokens.ids, options, job.seed)
     teacher_header = read_header(job.teacher)
     dtype = TORCH_DTYPES[teacher_dtype(teacher_header, precision)]
-    with _quiet():
+    with quiet():
         teacher = load(job.teacher, teacher_header, family_of(teacher_header), dtype)
         student = load(job.source, job.plan.before, job.family, torch.float32)
     for name in (job.family.text, job.family.head):
@@ -110,11 +108,8 @@ def compare_tokenizers(source: Path, teacher: Path, spec: DataSpec, ours: Tokens
 
 def load(folder: Path, header: Header, family: Family, dtype: torch.dtype) -> Decoder:
     """The stock class that config.json names, in eval mode, frozen, every weight found and finite."""
-    names = header.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if kind is None:
-        raise UserError(f"{folder / 'config.json'}: architectures names no class of transformers, found {names!r}")
+    kind = stock_class(header.config, folder / "config.json")
+    name = kind.__name__
     try:
         model, info = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
@@ -144,7 +139,7 @@ def _train(
     sizes = job.family.sizes(job.plan.before)
     twice = checkpointing(sizes, options.batch * order.shape[1])
     steps = len(order) // options.batch
-    with tempfile.TemporaryDirectory() as scratch, job.progress.task("distilling", steps) as task, _quiet():
+    with tempfile.TemporaryDirectory() as scratch, job.progress.task("distilling", steps) as task, quiet():
         trainer = Distiller(
             student,
             teacher,
@@ -198,18 +193,3 @@ def _rounded(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> torch.Te
     with torch.no_grad():
         parameter.copy_(value)
     return value
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no chatter of transformers between our own lines; what it was set to comes back."""
-    logging: Any = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

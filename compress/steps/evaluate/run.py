@@ -18,7 +18,7 @@ from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.reader import Reader
 from compress.data import DataSpec, windows
 from compress.errors import MachineError, UserError
-from compress.formats import format_of
+from compress.formats import format_of, open_stream
 from compress.machine import Machine, Progress, Silent
 from compress.stream.forward import Stream, compute_dtype
 
@@ -93,9 +93,8 @@ class Evaluator:
         return self._numbers(header, sums)
 
     def _forward(self, reader: Reader, label: str) -> _Model:
-        family = family_of(reader.header)
         dtype, _ = compute_dtype(reader.header.dtype)
-        stream = Stream(reader, family, dtype=dtype, linear=format_of(reader.header).load)
+        stream = open_stream(reader, dtype)
         return _Model(stream, stream.hidden(self.ids, self.progress, f"evaluating {label}"))
 
     def _numbers(self, header: Header, sums: dict[str, float]) -> dict[str, Any]:

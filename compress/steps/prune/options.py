@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from compress.steps.types import StepOptions
+from compress.criteria import CRITERIA
+from compress.steps.types import StepOptions, one_of
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
@@ -26,7 +27,9 @@ class PruneOptions(StepOptions):
     )
     keep_ffn: Count | None = Field(None, description="FFN neurons to keep in every layer, exactly.")
     keep_heads: Count | None = Field(None, description="Query heads to keep in every layer, exactly.")
-    criterion: str = Field("wanda", description="How units are ranked: wanda, obs or magnitude.")
+    criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
+        "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
+    )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from compress.arch import Group, Sizes
+from compress.arch import Group, Sizes, family_of
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
-from compress.criteria import CRITERIA
 from compress.data import BYTES_A_TOKEN, most_tokens
-from compress.errors import did_you_mean
 from compress.formats import PLAIN, is_quantized
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -29,29 +27,20 @@ class PrunePlan(StepPlan):
 
 def plan(before: Header, options: PruneOptions, context: PlanContext, complain: Complain) -> PrunePlan | None:
     """Resolve the shares to widths; complain about what cannot be."""
-    complaints = 0
-
-    def refuse(key: str, message: str, hint: str | None = None) -> None:
-        nonlocal complaints
-        complaints += 1
-        complain(key, message, hint)
-
-    if options.criterion not in CRITERIA:
-        refuse("criterion", f"unknown criterion '{options.criterion}'{did_you_mean(options.criterion, CRITERIA)}")
     if is_quantized(before):
-        refuse("", "the model is already quantized; prune before quantizing")
+        complain("", "the model is already quantized; prune before quantizing")
         return None
-    family = context.family
+    family = family_of(before)
     sizes = family.sizes(before)
     groups = {group.name: group for group in family.groups(sizes, before.text_config)}
     shapes = family.layer(sizes, before.text_config)
-    keep = _resolve(options, sizes, groups, shapes, refuse)
-    if keep is None or complaints:
+    keep = _resolve(options, sizes, groups, shapes, complain)
+    if keep is None:
         return None
     new_sizes = replace(sizes, heads=keep["heads"], ffn=keep["ffn"])
     reason = family.refuse(new_sizes)
     if reason is not None:
-        refuse("heads" if options.heads is not None else "keep_heads", reason)
+        complain("heads" if options.heads is not None else "keep_heads", reason)
         return None
     removed = sum((g.units - keep[g.name]) * g.parameters_per_unit(shapes) for g in groups.values())
     share = removed / _matrix_parameters(shapes)
@@ -181,7 +170,7 @@ def _matrix_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def _after(
     before: Header, context: PlanContext, groups: Mapping[str, Group], keep: Mapping[str, int], sizes: Sizes
 ) -> Header:
-    family = context.family
+    family = family_of(before)
     tensors = dict(before.tensors)
     for index in range(sizes.layers):
         prefix = family.prefix(index)
@@ -207,7 +196,7 @@ def _memory(sizes: Sizes, keep: Mapping[str, int], context: PlanContext, before:
     """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch."""
     data = context.data["calibration"]
     tokens = most_tokens(data, "calibration") // BYTES_A_TOKEN if data.samples is None else data.samples * data.length
-    layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(context.family.prefix(0)))
+    layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(family_of(before).prefix(0)))
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)
     solver = 3 * widest**2 * (8 if widest <= 4096 else 4) + 4 * sizes.hidden * widest * 4

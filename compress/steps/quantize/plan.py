@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.arch import Family
+from compress.arch import Family, family_of
 from compress.checkpoint.headers import DTYPE_BYTES, Header
 from compress.checkpoint.layout import files_bytes
 from compress.errors import UserError
@@ -20,13 +20,14 @@ def plan(before: Header, options: QuantizeOptions, context: PlanContext, complai
     how = _format(before, options, complain)
     if how is None:
         return None
-    linears = decoder_linears(before, context.family)
+    family = family_of(before)
+    linears = decoder_linears(before, family)
     other = next((t for t in (before.tensors[f"{m}.weight"] for m in linears) if t.dtype not in FLOATS), None)
     if other is not None:
         complain("", f"tensor '{other.name}' has dtype {other.dtype}; only float checkpoints can be quantized")
         return None
     if not linears:
-        complain("", f"the checkpoint has no linear below '{context.family.text}.layers', so nothing to quantize")
+        complain("", f"the checkpoint has no linear below '{family.text}.layers', so nothing to quantize")
         return None
     after = how.plan(before, linears)
     return StepPlan(
@@ -34,19 +35,14 @@ def plan(before: Header, options: QuantizeOptions, context: PlanContext, complai
         options=options,
         before=before,
         after=after,
-        parameters=how.parameters(after, context.family),
+        parameters=how.parameters(after, family),
         nbytes=files_bytes(after.tensors.values(), context.shard_bytes),
-        memory=_memory(before, context.family),
-        notes=_notes(before, after, how, linears, context.family),
+        memory=_memory(before, family),
+        notes=_notes(before, after, how, linears, family),
     )
 
 
 def _format(before: Header, options: QuantizeOptions, complain: Complain) -> Format | None:
-    how = None
-    try:
-        how = format_named(options.format)
-    except UserError as error:
-        complain("format", error.message, error.hint)
     try:
         found = format_of(before)
     except UserError as error:
@@ -55,7 +51,7 @@ def _format(before: Header, options: QuantizeOptions, complain: Complain) -> For
     if found is not PLAIN:
         complain("", f"the input is quantized already ({found.name})", "start from the plain checkpoint it was made of")
         return None
-    return how
+    return format_named(options.format)
 
 
 def _notes(before: Header, after: Header, how: Format, linears: tuple[str, ...], family: Family) -> tuple[str, ...]:

@@ -152,8 +152,12 @@ def _probe(job: Job, reader: Reader, how: Format) -> tuple[torch.Tensor, torch.T
     job.progress.note(f"computing what {how.name} must give for {PROBE[0]} x {PROBE[1]} probe tokens")
     if isinstance(how, Plain):
         with _Rounded(reader, how) as rounded:
-            return ids, Stream(rounded, job.family, dtype=torch.float32).logits(ids)
-    return ids, Stream(reader, job.family, dtype=torch.float32, linear=how.repack).logits(ids)
+            return ids, _logits(Stream(rounded, job.family, dtype=torch.float32), ids, job)
+    return ids, _logits(Stream(reader, job.family, dtype=torch.float32, linear=how.repack), ids, job)
+
+
+def _logits(stream: Stream, ids: torch.Tensor, job: Job) -> torch.Tensor:
+    return stream.head_logits(stream.hidden(ids, job.progress, "probing"))
 
 
 def _kind(module: str) -> str:

@@ -1,0 +1,74 @@
+"""Stock transformers: the class that a config.json names, built on the meta device, and silence while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from compress.errors import UserError
+
+
+def stock_class(config: Mapping[str, Any], where: Path | str = "config.json") -> Any:
+    """The class of transformers that `architectures` names; UserError, which opens with `where`, if there is none."""
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if found is None:
+        raise UserError(f"{where}: architectures names no class of transformers, found {names!r}")
+    return found
+
+
+def stock_model(config: Mapping[str, Any]) -> nn.Module:
+    """The stock transformers model of a raw config.json, on the meta device, in eval mode, with sdpa attention."""
+    from transformers import AutoConfig
+
+    kind = stock_class(config)
+    raw = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+    with quiet():
+        try:
+            stock_config = AutoConfig.for_model(config["model_type"], **raw)
+        except Exception as error:  # strict dataclass validation: one type of its own per version
+            raise UserError(f"config.json: stock transformers refuses it: {_one_line(error)}") from error
+        stock_config._attn_implementation = "sdpa"
+        try:
+            with torch.device("meta"):
+                model: nn.Module = kind(stock_config)
+        except Exception as error:  # an activation or rope type that does not exist, and what else a config can say
+            raise UserError(f"config.json: stock transformers cannot build it: {_one_line(error)}") from error
+    return model.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While open, no bars and no advice of transformers between our own lines; what was set before comes back.
+
+    Loaders of quantized checkpoints draw bars of their own, past transformers' switch: tqdm itself is turned off.
+    Errors still raise.
+    """
+    from tqdm.std import tqdm
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True)):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
