@@ -3,10 +3,11 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.setup-done
+PEERS := $(patsubst bench/peers/%.txt,.venv/peers/%/.setup-done,$(wildcard bench/peers/*.txt))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow check bench docs clean
+.PHONY: help setup demo test test-slow check bench peers-env docs clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,9 +39,15 @@ check: setup ## lint, format, types and the fast tests
 bench: setup ## the measurements of docs/benchmarks.md, one script after another (long)
 	@set -e; for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-docs: setup ## write docs/commands.md and the tables of docs/recipes.md from the code
+peers-env: $(PEERS) ## environments of the tools that bench/peers_quant.py compares with; -k: go on where one fails
+
+.venv/peers/%/.setup-done: bench/peers/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+docs: setup ## write from the code: tables of docs/recipes.md, docs/commands.md, recipes/schema.json, signatures
 	$(BIN)/python -m tests.recipe_docs
-	$(BIN)/python -m typer compress.cli utils docs --name autoglm-compress --output docs/commands.md
 
 clean: ## remove results, builds and caches; .venv and the demo model stay
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

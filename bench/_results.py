@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "out" / "bench"  # git ignores it
+sys.path.append(str(ROOT))  # for scripts that use descriptions or drivers of tests/, which no package holds
 LIBRARIES = ("autoglm-compress", "torch", "transformers", "torch-pruning", "safetensors", "bitsandbytes")
 
 

@@ -6,6 +6,7 @@ of `brotli` carries as test data. The archive is downloaded, never installed; th
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 import subprocess
@@ -15,10 +16,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from _results import ROOT, say
+from _results import ROOT, options, say
 
 from compress.checkpoint.demo import cache_folder
 from compress.data import DataSpec, documents
+from compress.machine import Machine
 
 DATA = ROOT.parent / "shared" / "data"
 ARCHIVE, MEMBER = "brotli==1.2.1", "brotli-1.2.1/tests/testdata/alice29.txt"
@@ -31,6 +33,25 @@ class WikiText:
 
     valid: Path
     test: Path
+
+
+def judged_options(description: str | None) -> argparse.ArgumentParser:
+    """The parser of the scripts that judge models on these texts."""
+    parser = options(description)
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="FOLDER", help="where the WikiText-2 files are")
+    parser.add_argument("--windows", type=int, default=64, help="windows that are judged, of 512 tokens")
+    parser.add_argument("--threads", type=int, default=Machine.detect().threads)
+    return parser
+
+
+def quality_options(description: str | None) -> argparse.ArgumentParser:
+    """The parser of those that prune the model as well."""
+    parser = judged_options(description)
+    parser.add_argument("--limit", type=int, default=10**6, metavar="N", help="stop after N new rows")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def wikitext(folder: Path) -> WikiText | None:

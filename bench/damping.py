@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import WORK, Results, options, say
-from _texts import DATA, wikitext
+from _results import WORK, Results, say
+from _texts import quality_options, wikitext
 from judge import evenly_spaced, judge, load
 
 import compress
@@ -155,15 +155,8 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = options(__doc__)
-    parser.add_argument("--limit", type=int, default=10**6, metavar="N", help="stop after N new rows")
-    parser.add_argument("--model", default="demo:smollm2-135m")
-    parser.add_argument("--data", type=Path, default=DATA, metavar="FOLDER", help="where the WikiText-2 files are")
+    parser = quality_options(__doc__)
     parser.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
-    parser.add_argument("--windows", type=int, default=64, help="windows that are judged, of 512 tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=Machine.detect().threads)
     return parser.parse_args()
 
 

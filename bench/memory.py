@@ -3,9 +3,7 @@
     .venv/bin/python bench/memory.py
 
 SmolLM2 (64 x 512 tokens, 20 %), and a built llama of 8 and of 64 layers (8 x 512): memory must not grow with depth.
-Above what: the resident memory of a Python right after it has imported torch, transformers and this package. The peak
-is the kernel's high-water mark (VmHWM), read while the process runs and once more when it ends, because the program
-resets that mark between its phases. This script imports nothing heavy: a child inherits its parent's mark.
+Above what: the resident memory of a Python right after it has imported torch, transformers and this package.
 
 Every command runs twice. `limited`: with --memory just above what its plan asks for, so that the self-check leaves out
 its full load of a result that needs more, as it does for every model larger than memory. `default`: without that flag;
@@ -15,22 +13,17 @@ wherever memory is free the full load is done, and that part of the peak grows w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _process import PROGRAM, PYTHON, checkpoint, measured
 from _results import ROOT, WORK, Results, options, say
 
-PYTHON = sys.executable
-POLL = 0.01  # seconds between two looks at a process
 IMPORTS = "import torch, transformers, compress, compress.cli, compress.run"
 # just above the largest prediction of the plans: for the demo model, for the built ones
 LIMIT = {True: "380MiB", False: "640MiB"}
@@ -49,7 +42,7 @@ class Case:
     variant: str
 
     def command(self, model: str, out: Path, length: int, threads: int | None) -> list[str]:
-        line = [PYTHON, "-m", "compress", self.step, model, "-o", str(out), "--overwrite", "-q"]
+        line = [*PROGRAM, self.step, model, "-o", str(out), "--overwrite", "-q"]
         if self.variant == "limited":
             line += ["--memory", LIMIT[self.layers is None]]
         if self.step == "prune":
@@ -93,22 +86,22 @@ def main() -> None:
 
 def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     """Run one case; all sizes in bytes."""
-    model = given.model if case.layers is None else _built(case.layers)
+    model = given.model if case.layers is None else str(_built(case.layers))
     out = WORK / f"memory-{case.step}"
     imports = resident_after_imports()
-    peak, seconds = peak_of(case.command(model, out, given.length, given.threads))
+    ran = measured(case.command(model, out, given.length, given.threads))
     (step,) = json.loads((out / "measured.json").read_text())["steps"]
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out)
     return {
-        "peak": peak,
+        "peak": ran.peak,
         "imports": imports,
-        "above": peak - imports,
+        "above": ran.peak - imports,
         "step_above": step["memory_peak"] - step["memory_before"],
         "predicted": step["memory_predicted"],
         "full_load": step["full_load"],
         "weights_written": weights,
-        "seconds": round(seconds, 1),
+        "seconds": round(ran.seconds, 1),
         "threads": given.threads or len(os.sched_getaffinity(0)),
     }
 
@@ -121,39 +114,8 @@ def resident_after_imports() -> int:
     return int(done.stdout) * 1024
 
 
-def peak_of(command: Sequence[str]) -> tuple[int, float]:
-    """The most bytes that were ever resident in the process of `command`, and its seconds."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    peak = 0
-    while True:
-        # wait4 gives this child's own figure; getrusage would give the largest of all children so far
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            break
-        peak = max(peak, _high_water(process.pid))
-        time.sleep(POLL)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return max(peak, usage.ru_maxrss * 1024), time.perf_counter() - start
-
-
-def _high_water(pid: int) -> int:
-    with contextlib.suppress(OSError, ValueError, IndexError):  # it may end while we read
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def _built(layers: int) -> str:
-    folder = WORK / f"llama-{layers}-layers"
-    if not (folder / "tokenizer.json").exists():  # written last
-        shutil.rmtree(folder, ignore_errors=True)
-        builder = Path(__file__).with_name("_built.py")
-        subprocess.run([PYTHON, str(builder), str(folder), "--layers", str(layers)], cwd=ROOT, check=True)
-    return str(folder)
+def _built(layers: int) -> Path:
+    return checkpoint("llama-1k", WORK / f"llama-1k-{layers}-layers", layers)
 
 
 def _cases(given: argparse.Namespace) -> list[Case]:

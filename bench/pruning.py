@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from _peers import FFN_ONLY, PEERS, Task
-from _results import WORK, Results, options, say
-from _texts import DATA, second_text, wikitext
+from _results import WORK, Results, say
+from _texts import quality_options, second_text, wikitext
 from judge import evenly_spaced, judge, load
 
 import compress
@@ -181,17 +181,10 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = options(__doc__)
+    parser = quality_options(__doc__)
     names = [*OURS, *PEERS]
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="M", help=", ".join(names))
-    parser.add_argument("--limit", type=int, default=10**6, metavar="N", help="stop after N new rows")
-    parser.add_argument("--model", default="demo:smollm2-135m")
-    parser.add_argument("--data", type=Path, default=DATA, metavar="FOLDER", help="where the WikiText-2 files are")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
-    parser.add_argument("--windows", type=int, default=64, help="windows that are judged, of 512 tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=Machine.detect().threads)
     return parser.parse_args()
 
 

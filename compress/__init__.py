@@ -11,13 +11,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import Evaluation, Inspection, distill, evaluate, inspect, plan, prune, quantize, run
+    from compress.api import distill, evaluate, inspect, load_receipt, plan, prune, quantize, run
     from compress.machine import Machine
     from compress.plan import Plan
-    from compress.receipt import load_receipt
     from compress.recipe import Recipe
     from compress.run import Result
     from compress.sensitivity import Sensitivity, load_sensitivity
+    from compress.signatures import Evaluation, Inspection, Receipt
 
     __version__: str
 
@@ -29,12 +29,13 @@ _PUBLIC = {
     "distill": "compress.api",
     "quantize": "compress.api",
     "evaluate": "compress.api",
-    "load_receipt": "compress.receipt",
+    "load_receipt": "compress.api",
     "load_sensitivity": "compress.sensitivity",
-    "Evaluation": "compress.api",
-    "Inspection": "compress.api",
+    "Evaluation": "compress.signatures",
+    "Inspection": "compress.signatures",
     "Machine": "compress.machine",
     "Plan": "compress.plan",
+    "Receipt": "compress.signatures",
     "Recipe": "compress.recipe",
     "Result": "compress.run",
     "Sensitivity": "compress.sensitivity",
@@ -45,6 +46,7 @@ __all__ = [
     "Inspection",
     "Machine",
     "Plan",
+    "Receipt",
     "Recipe",
     "Result",
     "Sensitivity",
@@ -74,12 +76,9 @@ sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from compress.receipt import own_version
 
-        try:
-            return version("autoglm-compress")
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            return "0+source"
+        return own_version()
     if name not in _PUBLIC:
         raise AttributeError(f"module 'compress' has no attribute '{name}'")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -9,18 +9,31 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, cleandoc, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, get_type_hints
 
 from pydantic import ValidationError
 
+from compress.complaints import in_one_line
 from compress.data import DataSpec
-from compress.errors import UserError
+from compress.errors import UserError, did_you_mean
 from compress.machine import Machine, Progress
-from compress.recipe import Recipe, explain, find, load, part_default
+from compress.recipe import Recipe, find, load, part_default
+from compress.signatures import (
+    DEFAULTS,
+    STEP_KEYWORDS,
+    DistillKeywords,
+    Evaluation,
+    Inspection,
+    PruneKeywords,
+    QuantizeKeywords,
+    Receipt,
+    RunKeywords,
+    StepKeywords,
+)
 from compress.steps import STEPS
 
 if TYPE_CHECKING:
@@ -31,74 +44,22 @@ Data = DataSpec | Mapping[str, Any] | str | Path
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class InspectedGroup(TypedDict):
-    """Units that can be cut. `step`: units go in multiples of it; `refitted`: the module whose inputs they are."""
-
-    group: str
-    units_per_layer: int
-    step: int
-    parameters_per_unit: int
-    refitted: str
-
-
-class Inspection(TypedDict):
-    """What `inspect` finds. `bytes`: of the tensors as stored; `decoder_parameters`: those of the decoder layers."""
-
-    model: str
-    model_type: str
-    architecture: str | None
-    format: str
-    dtype: str
-    parameters: int
-    decoder_parameters: int
-    bytes: int
-    tensors: int
-    files: int
-    sizes: dict[str, int]
-    groups: list[InspectedGroup]
-
-
-class _Alone(TypedDict):
-    perplexity: float
-    tokens: int
-    parameters: int
-    bytes: int
-
-
-class Evaluation(_Alone, total=False):
-    """What `evaluate` measures over `tokens` predicted positions; with a reference the distance from it.
-
-    `perplexity_ratio`: perplexity over the reference's. `kl`: mean KL(reference || model), nats a token.
-    `top1_agreement`: share of positions where both models' likeliest next token is the same.
-    """
-
-    reference_perplexity: float
-    perplexity_ratio: float
-    kl: float
-    top1_agreement: float
-
-
-def _with_options(kind: str) -> Callable[[F], F]:
-    """Give a step's function the signature and help of the step's options, which are declared in one place only."""
+def _shown(kind: str | None = None) -> Callable[[F], F]:
+    """Give a function that takes `**keywords` the signature that `help` shows: every keyword with its default, and the
+    options of the step `kind`, which are declared in one place only."""
 
     def dress(function: F) -> F:
-        fields, types = STEPS[kind].options.model_fields, get_type_hints(STEPS[kind].options)
+        fields = STEPS[kind].options.model_fields if kind else {}
+        types = get_type_hints(STEP_KEYWORDS[kind] if kind else RunKeywords)
+        defaults = {name: Parameter.empty if f.is_required() else f.get_default() for name, f in fields.items()}
+        defaults |= {name: DEFAULTS[name] for name in types if name not in fields}
+        keywords = [Parameter(n, Parameter.KEYWORD_ONLY, default=d, annotation=types[n]) for n, d in defaults.items()]
         shown = signature(function)
         explicit = [p for p in shown.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-        known = {p.name for p in explicit}
-        keywords = [
-            Parameter(
-                name,
-                Parameter.KEYWORD_ONLY,
-                default=Parameter.empty if field.is_required() else field.default,
-                annotation=types[name],
-            )
-            for name, field in fields.items()
-            if name not in known
-        ]
         function.__signature__ = shown.replace(parameters=[*explicit, *keywords])  # type: ignore[attr-defined]
-        lines = [f"    {name}: {field.description}" for name, field in fields.items()]
-        function.__doc__ = "\n".join([cleandoc(function.__doc__ or ""), "", "Options of the step:", *lines])
+        options = [f"    {name}: {field.description}" for name, field in fields.items()]
+        heading = ["", "Options of the step:"] if options else []
+        function.__doc__ = "\n".join([cleandoc(function.__doc__ or ""), *heading, *options])
         return function
 
     return dress
@@ -127,90 +88,60 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, machine:
     return make_plan(read, machine or Machine.detect(), check_machine=machine is not None, where=where)
 
 
+@_shown()
 def run(
-    recipe: Recipe | str | Path,
-    out: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    machine: Machine | None = None,
-    overwrite: bool = False,
-    keep_work: bool = False,
-    progress: Progress | None = None,
+    recipe: Recipe | str | Path, out: str | Path, overrides: Sequence[str] = (), **keywords: Unpack[RunKeywords]
 ) -> Result:
     """Carry out a recipe into the folder `out`, which appears whole or not at all.
 
     `recipe` and `overrides` as in `plan`. `machine`: threads and memory, all there are by default; `overwrite`
-    replaces an earlier result; `keep_work` keeps the steps' folders in OUT.work. Raises UserError (nothing written),
-    MachineError, SelfCheckError, and GateError: the result then lies in OUT.rejected and is the error's `result`.
+    replaces an earlier result; `keep_work` keeps the steps' folders in OUT.work. Work that an earlier run left there is
+    taken over, unless `fresh`; what fails leaves it, unless `discard`; `wait` for another run that writes `out`.
+    `stop_after` so many steps it ends: the Result's `out` is then the last step's folder, its receipt empty.
+
+    Raises UserError (nothing written), MachineError, SelfCheckError, and GateError: the result then lies in
+    OUT.rejected and is the error's `result`.
     """
+    _check_names("run", keywords, get_type_hints(RunKeywords))
     read, where = _recipe(recipe, overrides)
-    return _carry_out(read, where, out, machine, overwrite, keep_work, progress)
+    return _carry_out(read, where, out, keywords)
 
 
-@_with_options("prune")
-def prune(
-    model: str | Path,
-    out: str | Path,
-    *,
-    data: Data | None = None,
-    seed: int = 0,
-    machine: Machine | None = None,
-    overwrite: bool = False,
-    keep_work: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Result:
+@_shown("prune")
+def prune(model: str | Path, out: str | Path, *, data: Data | None = None, **keywords: Unpack[PruneKeywords]) -> Result:
     """Remove query heads and FFN neurons into a new checkpoint `out`, and refit what reads them.
 
     `data` is the calibration text, 64 windows of 512 tokens by default: a source ("builtin", a .txt or .jsonl file)
-    or a mapping with the keys source, samples, length. The other keywords, and the errors, are those of `run`.
+    or a mapping with the keys source, samples, length. Keywords that are no option, and the errors, are those of `run`.
     """
-    return _lone("prune", model, out, options, None, data, seed, machine, overwrite, keep_work, progress)
+    return _lone("prune", model, out, keywords, data=data)
 
 
-@_with_options("distill")
+@_shown("distill")
 def distill(
     model: str | Path,
     out: str | Path,
     *,
     teacher: str | Path,
     data: Data | None = None,
-    seed: int = 0,
-    machine: Machine | None = None,
-    overwrite: bool = False,
-    keep_work: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
+    **keywords: Unpack[DistillKeywords],
 ) -> Result:
     """Train a model towards its teacher's next-token distribution, into a new checkpoint `out`.
 
-    `data` is the training text, all of it in windows of 512 tokens by default; as in `prune`. The other keywords, and
-    the errors, are those of `run`.
+    `data` is the training text, all of it in windows of 512 tokens by default; as in `prune`. Keywords that are no
+    option, and the errors, are those of `run`.
     """
-    return _lone("distill", model, out, options, teacher, data, seed, machine, overwrite, keep_work, progress)
+    return _lone("distill", model, out, keywords, teacher=teacher, data=data)
 
 
-@_with_options("quantize")
-def quantize(
-    model: str | Path,
-    out: str | Path,
-    *,
-    format: str,
-    data: Data | None = None,
-    seed: int = 0,
-    machine: Machine | None = None,
-    overwrite: bool = False,
-    keep_work: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Result:
+@_shown("quantize")
+def quantize(model: str | Path, out: str | Path, **keywords: Unpack[QuantizeKeywords]) -> Result:
     """Write a checkpoint in a smaller number format, tensor by tensor.
 
-    `data` and `seed` are recorded as the command line records them; the formats of today read no text. The other
-    keywords, and the errors, are those of `run`.
+    `seed` is recorded; the formats of today draw nothing and read no text. Keywords that are no option, and the errors,
+    are those of `run`.
     """
-    given = {"format": format, **options}
-    return _lone("quantize", model, out, given, None, data, seed, machine, overwrite, keep_work, progress)
+    return _lone("quantize", model, out, keywords)
 
 
 def evaluate(
@@ -247,6 +178,13 @@ def evaluate(
     return cast(Evaluation, found)
 
 
+def load_receipt(folder: str | Path) -> Receipt:
+    """receipt.json of a result. Raises UserError where there is none, or one of another format."""
+    from compress import receipt
+
+    return cast(Receipt, receipt.load_receipt(folder))
+
+
 def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str]) -> tuple[Recipe, str]:
     if not isinstance(recipe, Recipe):
         file = find(recipe)
@@ -265,52 +203,50 @@ def _data(data: Data | None, part: str) -> DataSpec:
     try:
         return DataSpec.model_validate({**part_default(part).model_dump(), **given})
     except ValidationError as error:
-        raise _wrong(error, DataSpec, "data") from None
+        raise in_one_line(error, DataSpec, "data") from None
 
 
 def _lone(
     kind: str,
     model: str | Path,
     out: str | Path,
-    given: Mapping[str, Any],
-    teacher: str | Path | None,
-    data: Data | None,
-    seed: int,
-    machine: Machine | None,
-    overwrite: bool,
-    keep_work: bool,
-    progress: Progress | None,
+    keywords: Mapping[str, Any],
+    *,
+    teacher: str | Path | None = None,
+    data: Data | None = None,
 ) -> Result:
-    """Run the recipe whose only step is `kind`."""
+    """Run the recipe whose only step is `kind`. `keywords`: the step's options and those of StepKeywords."""
     step = STEPS[kind]
+    _check_names(kind, keywords, [*step.options.model_fields, *get_type_hints(StepKeywords)])
+    shared = {name: value for name, value in keywords.items() if name not in step.options.model_fields}
     try:
-        options = step.options.model_validate(given)
+        options = step.options.model_validate({name: keywords[name] for name in keywords if name not in shared})
     except ValidationError as error:
-        raise _wrong(error, step.options, kind) from None
-    spec, master = _data(data, step.data), None if teacher is None else str(teacher)
-    try:
-        recipe = Recipe.single(kind, str(model), options, teacher=master, data=spec, seed=seed)
-    except ValidationError as error:
-        raise _wrong(error, Recipe, kind) from None
-    return _carry_out(recipe, "", out, machine, overwrite, keep_work, progress)
+        raise in_one_line(error, step.options, kind) from None
+    recipe = Recipe.single(
+        kind,
+        str(model),
+        options,
+        teacher=None if teacher is None else str(teacher),
+        data=_data(data, step.data),
+        seed=shared.pop("seed", 0),
+    )
+    return _carry_out(recipe, "", out, shared)
 
 
-def _carry_out(
-    recipe: Recipe,
-    where: str,
-    out: str | Path,
-    machine: Machine | None,
-    overwrite: bool,
-    keep_work: bool,
-    progress: Progress | None,
-) -> Result:
+def _check_names(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise UserError(f"{function}: {name}: unknown key{did_you_mean(name, known)}")
+
+
+def _carry_out(recipe: Recipe, where: str, out: str | Path, keywords: Mapping[str, Any]) -> Result:
+    given = dict(keywords)
+    machine = given.pop("machine", None) or Machine.detect()
     with _left_as_it_was():
         from compress.run import run as carry_out
 
-        target, limits = Path(out).expanduser(), machine or Machine.detect()
-        return carry_out(
-            recipe, target, limits, overwrite=overwrite, keep_work=keep_work, progress=progress, where=where
-        )
+        return carry_out(recipe, Path(out).expanduser(), machine, where=where, **given)
 
 
 @contextmanager
@@ -337,8 +273,3 @@ def _left_as_it_was() -> Iterator[None]:
         if bars:
             hf_logging.enable_progress_bar()
         kernels.setLevel(level)
-
-
-def _wrong(error: ValidationError, model: type[Any], what: str) -> UserError:
-    problems = [(".".join(map(str, e["loc"][:1])), explain(e, model)) for e in error.errors(include_url=False)]
-    return UserError(f"{what}: " + "; ".join(f"{key}: {text}" if key else text for key, text in problems))

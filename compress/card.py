@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from compress.arch import described
 from compress.checkpoint.headers import read_json
 
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
@@ -43,7 +45,7 @@ def model_card(receipt: dict[str, Any], source: Path) -> str:
     for step in receipt["steps"]:
         options = ", ".join(f"{k} {v}" for k, v in step["options"].items() if v is not None)
         lines.append(f"| {step['step']} | {options} | {step['parameters']:,} | {step['bytes']:,} |")
-    lines += ["", *_quality(receipt), *_how(source)]
+    lines += ["", *_quality(receipt), *_how(receipt, source)]
     return "\n".join(lines) + "\n"
 
 
@@ -88,16 +90,29 @@ def _quality(receipt: dict[str, Any]) -> list[str]:
     return [*rows, ""]
 
 
-def _how(source: Path) -> list[str]:
-    multimodal = "vision_config" in read_json(source / "config.json")
-    architecture = "AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The class of stock transformers that loads a checkpoint of this config.json."""
+    return "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"
+
+
+def _how(receipt: dict[str, Any], source: Path) -> list[str]:
+    config = read_json(source / "config.json")
+    family = described(config)
+    said: dict[str, Any] = {"stock_transformers": family.stock is None, "loaded_by": list(family.loaders)}
+    for step in receipt["steps"]:  # a prune step may write another family than its input's
+        said = step if "loaded_by" in step else said
+    last = "`recipe.yaml` repeats the run; `receipt.json` holds digests, options, seeds and metrics."
+    if not said["stock_transformers"]:
+        others = " and ".join(said["loaded_by"])
+        return [f"Stock transformers does not load this folder; {others} loads it while it is unquantized.", "", last]
+    auto = auto_class(config)
     return [
         "```python",
-        f"from transformers import {architecture}, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'model = {architecture}.from_pretrained("THIS FOLDER")',
+        f'model = {auto}.from_pretrained("THIS FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
         "```",
         "",
-        "`recipe.yaml` repeats the run; `receipt.json` holds digests, options, seeds and metrics.",
+        last,
     ]

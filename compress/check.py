@@ -3,6 +3,9 @@
 (1) Stock transformers builds it on the meta device from its own config and takes every key. (2) Its logits, streamed
 from the written bytes through the stock layer classes, equal what the step computed in memory. (3) Where memory
 allows, a full stock load gives the same logits again.
+
+A family that stock transformers does not load (Family.stock) is checked through the equal stock class: (1) with its
+config, (2) as it is streamed, and without (3).
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.checkpoint.headers import read_json
+from compress.arch import Family, family_of
+from compress.checkpoint.headers import Header, read_json
 from compress.checkpoint.reader import TORCH_DTYPES, Reader
-from compress.errors import SelfCheckError
+from compress.errors import SelfCheckError, UserError
 from compress.formats import open_stream
 from compress.machine import Machine, Progress
 from compress.steps.types import Outcome, StepPlan
-from compress.stream.stock import quiet, stock_class
+from compress.stream.stock import quiet, stock_class, stock_config
 
 STREAMED = 1e-4  # largest difference of two float32 computations, relative to the spread of the logits
 FULL_KL = 0.01  # nats between the stream and a full load, both in the stored dtype; the load rounds its logits to it
@@ -35,11 +39,14 @@ def self_check(
     one depends on the moment.
     """
     with progress.task("checking the result", 3) as task:
-        report = {"stock_keys": _stock_keys(folder)}
+        family = family_of(step.after)
+        report = {"stock_keys": _stock_keys(folder, family)}
         task.advance()
         report["streamed_logits"] = _streamed(folder, step, outcome)
         task.advance()
-        if step.after.nbytes * 2 + outcome.logits.nbytes * 3 > machine.available_memory():
+        if family.stock is not None:
+            full_load = f"left out: stock transformers does not load {family.name}"
+        elif step.after.nbytes * 2 + outcome.logits.nbytes * 3 > machine.available_memory():
             full_load = "left out: it needs more memory than there is"
         else:
             full_load = _full_load(folder, step, outcome)
@@ -47,16 +54,41 @@ def self_check(
     return report, full_load
 
 
-def _stock_keys(folder: Path) -> str:
-    kind = stock_class(read_json(folder / "config.json"), folder)
+def check_source(folder: Path, header: Header) -> None:
+    """Refuse, before any work, what stock transformers would not load as it is: a UserError names the first tensor that
+    is missing, of another shape or too many. Plans have compared the decoder; this is for all the rest."""
+    try:
+        _stock_keys(folder, family_of(header))
+    except SelfCheckError as error:
+        raise UserError(error.message) from None
+    except Exception as error:  # shapes that it will not take, a config that it will not build
+        raise UserError(f"{folder.name}/config.json: stock transformers does not load it: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _stock_keys(folder: Path, family: Family) -> str:
+    raw = read_json(folder / "config.json")
+    equal = None if family.stock is None else family.stock.config(raw)
+    kind = stock_class(equal or raw, folder)
+    given = {} if equal is None else {"config": stock_config(equal)}
     with quiet():
-        model, info = kind.from_pretrained(folder, device_map="meta", output_loading_info=True, local_files_only=True)
+        model, info = kind.from_pretrained(
+            folder,
+            **given,
+            device_map="meta",
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are told by name below
+        )
     del model
     wrong = {kind: sorted(map(str, info[kind])) for kind in KINDS if info.get(kind)}
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise SelfCheckError(f"{folder.name}: stock transformers reports {kind}: {names[0]} ({len(names)} in all)")
-    return "all taken"
+    return "all taken" if equal is None else f"all taken by {kind.__name__}, which computes the same"
 
 
 def _streamed(folder: Path, step: StepPlan, outcome: Outcome) -> str:

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 import warnings
@@ -19,8 +20,18 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from compress.commands import distill, evaluate, inspect, plan, prune, quantize, run
-from compress.errors import BUG, INTERRUPTED, MACHINE, OK, USAGE, CompressError, SelfCheckError, did_you_mean
+from compress.commands import distill, evaluate, inspect, plan, prune, quantize, recipes, run
+from compress.errors import (
+    BUG,
+    INTERRUPTED,
+    MACHINE,
+    OK,
+    USAGE,
+    CompressError,
+    Interrupted,
+    SelfCheckError,
+    did_you_mean,
+)
 
 PROGRAM = "autoglm-compress"
 _BROKEN_PIPE = 1  # as Python and Typer end when nobody reads on
@@ -51,9 +62,17 @@ def _top(
     ] = False,
 ) -> None:
     del version  # its callback has ended the program
+    _help_alone(context)
+
+
+def _help_alone(context: typer.Context) -> None:
+    """Without a command: the help page, which is no mistake."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
+
+_group = typer.Typer()
+_group.callback(invoke_without_command=True)(_help_alone)
 
 _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (inspect.inspect, inspect.EXAMPLE),
@@ -66,6 +85,14 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
 )
 for _function, _example in _COMMANDS:
     app.command(_function.__name__, epilog=f"Example:\n\n{_example}")(_function)
+for _name, _function, _example in recipes.COMMANDS:
+    _group.command(_name, epilog=f"Example:\n\n{_example}")(_function)
+app.add_typer(
+    _group,
+    name="recipes",
+    help="The recipes that are known by name: list, show, copy; the schema of a recipe.",
+    epilog="Example:\n\nautoglm-compress recipes list",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return leave.code if isinstance(leave.code, int) else BUG
         except KeyboardInterrupt:
             return _fail("interrupted", None, INTERRUPTED)
+        except Interrupted as stopped:
+            again = shlex.join([PROGRAM, *(word for word in given if word != "--fresh")])
+            return _fail("interrupted", f"{stopped.message}; to go on: {again}", INTERRUPTED)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
             return _BROKEN_PIPE

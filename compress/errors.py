@@ -50,6 +50,12 @@ class MachineError(CompressError):
     exit_code = MACHINE
 
 
+class Interrupted(CompressError):
+    """Ctrl-C, when a later run can go on: the message says what is kept."""
+
+    exit_code = INTERRUPTED
+
+
 class SelfCheckError(CompressError):
     """What we wrote is not what we meant to write. Ours to fix, and said so."""
 

@@ -1,23 +1,28 @@
-"""What a checkpoint is and what can be cut from it, from headers alone. Torch-free."""
+"""What a checkpoint is, what can be cut from it, and who loads what is left: from headers alone. Torch-free."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from compress.arch import family_of
-from compress.checkpoint.headers import read_header
+from compress.arch import FAMILIES, FLAVOURS, Family, Sizes, described, family_of
+from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.source import locate
-from compress.formats import format_of
+from compress.formats import format_of, is_quantized
 from compress.machine import Progress, Silent
+from compress.steps.prune.widths import width_multiple
 
 
 def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]:
-    """Sizes, parameters, bytes, storage format and prunable groups of MODEL; UserError when it cannot be read."""
+    """Sizes, parameters, bytes, storage format, prunable groups and the cuts that can be loaded of MODEL.
+
+    UserError when it cannot be read. The keys are those of `compress.api.Inspection`.
+    """
     source = locate(spec, progress=progress or Silent())
     header = read_header(source.folder)
     family = family_of(header)
     sizes = family.sizes(header)
-    stored = format_of(header)
+    stored, quantized = format_of(header), is_quantized(header)
     tensors = stored.logical(header)
     decoder = [t for name, t in tensors.items() if name.startswith(f"{family.text}.layers.")]
     shapes = family.layer(sizes, header.text_config)
@@ -26,6 +31,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
             "group": group.name,
             "units_per_layer": group.units,
             "step": group.units // group.balance if group.name == "heads" else 1,
+            "multiple": group.units // group.balance if group.name == "heads" else width_multiple(sizes.hidden),
             "parameters_per_unit": group.parameters_per_unit(shapes),
             "refitted": group.reader,
         }
@@ -43,5 +49,33 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
         "tensors": len(header.tensors),
         "files": len({where.file for where in header.locations.values()}),
         "sizes": {key: getattr(sizes, key) for key in sizes.__dataclass_fields__},
+        # vLLM was proved for plain checkpoints
+        "loaded_by": [name for name in family.loaders if not (quantized and name.startswith("vLLM"))],
         "groups": groups,
+        "cuts": [] if quantized else [*_head_cuts(header, family, sizes), _row("ffn", family)],
+    }
+
+
+def _head_cuts(header: Header, family: Family, sizes: Sizes) -> list[dict[str, Any]]:
+    """One row for every label that fewer heads may get, with the counts that get it."""
+    found: dict[tuple[str, str], list[int]] = {}  # family and flavour -> counts
+    named = {rewrite.flavour for rewrite in family.rewrites}
+    for flavour in [each for each in FLAVOURS if each in named] or FLAVOURS[:1]:
+        for heads in range(sizes.kv_heads, sizes.heads, sizes.kv_heads):
+            rewrite, _ = family.label(header.config, replace(sizes, heads=heads), flavour)
+            if rewrite is not None:
+                changes = {"num_attention_heads": heads, "head_dim": sizes.head_dim}
+                label = described(rewrite.config(family.with_units(header.config, changes)))
+                found.setdefault((label.name, flavour if flavour in named else ""), []).append(heads)
+    return [_row("heads", FAMILIES[name], counts, flavour or None) for (name, flavour), counts in found.items()]
+
+
+def _row(cut: str, family: Family, keep: list[int] | None = None, flavour: str | None = None) -> dict[str, Any]:
+    return {
+        "cut": cut,
+        "keep": keep,
+        "flavour": flavour,
+        "model_type": family.model_type,
+        "architecture": family.architecture,
+        "loaded_by": list(family.loaders),
     }

@@ -23,7 +23,10 @@ class Machine:
 
     @staticmethod
     def detect(threads: int | None = None, memory: int | None = None) -> Machine:
-        return Machine(threads=threads or len(os.sched_getaffinity(0)), memory=memory)
+        """What is given; else the threads that OMP_NUM_THREADS allows, as everywhere around torch, or all cores."""
+        allowed = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        limit = int(allowed) if allowed.isdecimal() else 0
+        return Machine(threads=threads or limit or _cores(), memory=memory)
 
     def available_memory(self) -> int:
         """Bytes this run may use: the limit given, else what the kernel says is available."""
@@ -32,6 +35,11 @@ class Machine:
         import psutil
 
         return int(psutil.virtual_memory().available)
+
+
+def _cores() -> int:
+    """Cores that this process may use; where the system does not say (macOS), all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Task(Protocol):

@@ -6,10 +6,11 @@ Nothing that is not ours is ever removed. One run at a time writes an OUT: a loc
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,25 +45,25 @@ def check_apart(out: Path, sources: Sequence[Source]) -> None:
     """Refuse sources that OUT, OUT.work or OUT.rejected would replace or remove, and an OUT inside a source."""
     for source in sources:
         theirs = source.folder.resolve()
-        for mine in (out.resolve(), out.with_name(out.name + ".work").resolve(), rejected(out).resolve()):
+        for mine in (out.resolve(), work_of(out).resolve(), rejected(out).resolve()):
             if mine == theirs or mine in theirs.parents or theirs in mine.parents:
                 raise UserError(f"{mine}: lies inside the source {source.name}, or the source inside it")
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold OUT's lock; UserError when another run holds it. The kernel frees it with the process, however it ends."""
+def locked(out: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold OUT's lock. When another run holds it: UserError, or with `wait` that is called once and the lock awaited.
+
+    The kernel frees the lock with the process, however it ends.
+    """
     path = out.with_name(f".{out.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _lock(path, wait)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written ({error.strerror})") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{out}: another run is writing it") from None
+    if descriptor is None:
+        raise UserError(f"{out}: another run is writing it", hint="--wait waits until it has ended")
     try:
         yield
     finally:
@@ -70,28 +71,47 @@ def locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@contextmanager
-def work_folder(out: Path, keep: bool) -> Iterator[Path]:
-    """OUT.work, fresh; removed at the end, whatever happens, unless it is to be kept."""
-    work = out.with_name(out.name + ".work")
-    if os.path.lexists(work):
-        if not (work / MARK).is_file():
-            raise UserError(f"{work}: exists and is not a work folder of ours")
-        shutil.rmtree(work)
+def _lock(path: Path, wait: Callable[[], None] | None) -> int | None:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is None:
+                os.close(descriptor)
+                return None
+            wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # who held it has removed the file: of those that waited on it, only one may go on, on a file that is there
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+        os.close(descriptor)
+
+
+def work_folder(out: Path, fresh: bool) -> Path:
+    """OUT.work: what an earlier run of ours left there, or with `fresh` an empty one."""
+    work = work_of(out)
+    if os.path.lexists(work) and not (work / MARK).is_file():
+        raise UserError(f"{work}: exists and is not a work folder of ours")
     try:
-        work.mkdir(parents=True)
+        if fresh and work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
         (work / MARK).touch()
     except OSError as error:
         raise UserError(f"{work}: cannot be written ({error.strerror})") from None
-    try:
-        yield work
-    finally:
-        if not keep:
-            shutil.rmtree(work, ignore_errors=True)
+    return work
+
+
+def work_of(out: Path) -> Path:
+    """OUT.work."""
+    return out.with_name(out.name + ".work")
 
 
 def publish(folder: Path, target: Path) -> None:
     """Rename the finished folder to its place; an older result goes only once the new one stands."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.old-*"):  # of a run that was killed right here
+        shutil.rmtree(left)
     if not target.exists():
         os.rename(folder, target)
         return

@@ -15,12 +15,13 @@ from compress.arch import Family, family_of
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.source import Source, locate
-from compress.data import BUILTIN, BYTES_A_TOKEN, TOKENIZERS, DataSpec, Part, check, most_tokens
+from compress.data import BUILTIN, TOKENIZERS, DataSpec, Part, check, expected_tokens, sources
 from compress.errors import GateError, MachineError, UserError
 from compress.formats import Plain, format_of
 from compress.machine import Machine, Progress, Silent
 from compress.recipe import Recipe
 from compress.steps import STEPS
+from compress.steps.sampling import Author, authors_of
 from compress.steps.types import PlanContext, StepPlan
 
 SPARE = 64 * 2**20  # bytes of disk left over for what is small: tokenizer, receipt, scores
@@ -28,8 +29,9 @@ SPARE = 64 * 2**20  # bytes of disk left over for what is small: tokenizer, rece
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will do. `parameters`: of the model it starts from. `memory`: the largest estimated peak of a
-    step above interpreter and libraries, `disk`: bytes that must be free; None when the machine was left out."""
+    """What a recipe will do. `parameters`: of the model it starts from. `passes`: the indices of the steps that are
+    done together, each leaving one folder. `memory`: the largest estimated peak of a step above interpreter and
+    libraries, `disk`: bytes that must be free; None when the machine was left out."""
 
     recipe: Recipe
     source: Source
@@ -38,6 +40,7 @@ class Plan:
     before: Header
     parameters: int
     steps: tuple[StepPlan, ...]
+    passes: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
     memory: int | None
     disk: int | None
@@ -69,7 +72,11 @@ class Plan:
             "bytes": step.nbytes,
             "notes": list(step.notes),
         }
-        return found if self.memory is None else found | {"memory": step.memory}
+        return found if self.memory is None else found | {"memory": step.memory, "disk": self.disk_of(index)}
+
+    def disk_of(self, index: int) -> int:
+        """Bytes that the work folder holds at most while step `index` is done: its input, its output, its states."""
+        return disk(self.steps, self.passes)[index]
 
 
 def _flag(key: str) -> str:
@@ -123,7 +130,8 @@ def make_plan(
     complaints = _Complaints(where)
     found = _checkpoint("model", recipe.model, progress, complaints)
     teacher = _teacher(recipe, found, progress, complaints)
-    _check_data(recipe, found[0].folder if found else None, complaints)
+    authors = authors_of(_data(recipe), _needed_data(recipe), found[1], teacher and teacher[1]) if found else {}
+    _check_data(recipe, found[0].folder if found else None, authors, progress, complaints)
     if found is None:
         complaints.finish()  # what the steps would make of it cannot be known
         raise AssertionError("a model that was not found is a complaint")
@@ -133,14 +141,44 @@ def make_plan(
     steps = _plan_steps(recipe, before, context, complaints)
     complaints.finish()
     _check_gates(recipe, steps[-1])
-    memory = max((step.memory for step in steps), default=0) + _evaluation_memory(recipe, family, before)
-    disk = sum(step.nbytes for step in steps) + SPARE
+    done_together = passes(recipe)
+    together = (sum(steps[index].memory for index in group) for group in done_together)
+    most = max([*together, *(author.memory() for author in authors.values())])
+    memory = most + _evaluation_memory(recipe, family, before)
+    room = max(disk(steps, done_together)) + SPARE
     if check_machine:
-        _check_machine(machine, memory, disk, out)
+        for author in authors.values():
+            author.check(machine)
+        _check_machine(machine, memory, room, out)
     parameters = format_of(before).parameters(before, family)
-    shown = (memory, disk) if check_machine else (None, None)
+    shown = (memory, room) if check_machine else (None, None)
     notes = _notes(recipe)
-    return Plan(recipe, source, teacher[0] if teacher else None, family, before, parameters, steps, notes, *shown)
+    return Plan(
+        recipe, source, teacher[0] if teacher else None, family, before, parameters, steps, done_together, notes, *shown
+    )
+
+
+def passes(recipe: Recipe) -> tuple[tuple[int, ...], ...]:
+    """Indices of the steps by the pass that does them: one each, but for a fused prune and quantize."""
+    kinds = [entry.kind for entry in recipe.steps]
+    found: list[tuple[int, ...]] = []
+    for index, kind in enumerate(kinds):
+        if not recipe.keep_intermediate and kind == "quantize" and index and kinds[index - 1] == "prune":
+            found[-1] = (*found[-1], index)
+        else:
+            found.append((index,))
+    return tuple(found)
+
+
+def disk(steps: Sequence[StepPlan], done_together: Sequence[tuple[int, ...]]) -> list[int]:
+    """Bytes that the work folder holds at most during each step."""
+    held, found = 0, []
+    for group in done_together:
+        written = steps[group[-1]].nbytes
+        states = max(steps[index].scratch for index in group)
+        found += [held + written + states] * len(group)
+        held = written
+    return found
 
 
 def _plan_steps(recipe: Recipe, before: Header, context: PlanContext, complaints: _Complaints) -> tuple[StepPlan, ...]:
@@ -171,21 +209,27 @@ def _needed_data(recipe: Recipe) -> list[str]:
     return sorted(parts)
 
 
-def _check_data(recipe: Recipe, folder: Path | None, complaints: _Complaints) -> None:
+def _check_data(
+    recipe: Recipe, folder: Path | None, authors: Mapping[str, Author], progress: Progress | None, problems: _Complaints
+) -> None:
     needed = _needed_data(recipe)
     for part in needed:
         try:
-            check(getattr(recipe.data, part), cast(Part, part))
+            check(getattr(recipe.data, part), cast(Part, part), folder, progress)
+            if part in authors:
+                authors[part].refuse()
         except UserError as problem:
-            complaints.add(f"data.{part}", problem.message, problem.hint)
+            problems.add(f"data.{part}", problem.message, problem.hint)
+        except MachineError as problem:
+            problems.machine = problems.machine or problem
     if folder is not None:
-        _check_tokenizer("model", folder, needed, complaints)
+        _check_tokenizer("model", folder, needed, problems)
     if recipe.gates is not None and recipe.evaluate == "never":
         quality = [
             k for k in ("max_perplexity_ratio", "max_kl", "min_top1_agreement") if getattr(recipe.gates, k) is not None
         ]
         if quality:
-            complaints.add(f"gates.{quality[0]}", "needs an evaluation, but evaluate is 'never'")
+            problems.add(f"gates.{quality[0]}", "needs an evaluation, but evaluate is 'never'")
 
 
 def _check_tokenizer(key: str, folder: Path, needed: Sequence[str], complaints: _Complaints) -> None:
@@ -241,15 +285,23 @@ def _check_gates(recipe: Recipe, last: StepPlan) -> None:
 
 
 def _notes(recipe: Recipe) -> tuple[str, ...]:
-    data = _data(recipe)
-    needed = _needed_data(recipe)
-    if "evaluation" not in needed or data["evaluation"].source == BUILTIN:  # its parts share no text
-        return ()
-    same = [part for part in needed if part != "evaluation" and data[part].source == data["evaluation"].source]
-    return tuple(
-        f"evaluation and {part} read the same text ({data[part].source}): the result is judged on what it was made with"
-        for part in same
-    )
+    """What holds for the whole recipe and is worth knowing before it runs."""
+    notes = []
+    for group in passes(recipe):
+        if len(group) > 1:
+            both = " and ".join(f"{index + 1}-{recipe.steps[index].kind}" for index in group)
+            notes.append(f"{both} are done in one pass, because keep_intermediate is false: nothing lies between them")
+    if not recipe.keep_intermediate and not notes:
+        notes.append("keep_intermediate: false changes nothing: no prune step is followed by quantize")
+    data, needed = _data(recipe), _needed_data(recipe)
+    # the parts of builtin share no text
+    judged = set(sources(data["evaluation"])) - {BUILTIN} if "evaluation" in needed else set()
+    for part in needed:
+        same = sorted(judged & set(sources(data[part])))
+        if same and part != "evaluation":
+            said = f"evaluation and {part} read the same text ({', '.join(same)})"
+            notes.append(f"{said}: the result is judged on what it was made with")
+    return tuple(notes)
 
 
 def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:
@@ -276,8 +328,7 @@ def _evaluation_memory(recipe: Recipe, family: Family, before: Header) -> int:
     """Bytes of the final hidden states of the reference and of one stage, and of 512 tokens' logits of both."""
     if recipe.evaluate == "never":
         return 0
-    sizes, data = family.sizes(before), recipe.data.evaluation
-    tokens = most_tokens(data, "evaluation") // BYTES_A_TOKEN if data.samples is None else data.samples * data.length
+    sizes, tokens = family.sizes(before), expected_tokens(recipe.data.evaluation, "evaluation")
     return 2 * 4 * (tokens * sizes.hidden + 512 * sizes.vocab)
 
 

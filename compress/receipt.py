@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 import time
@@ -11,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.digests import digest
 from compress.checkpoint.headers import read_header, read_json
 from compress.errors import UserError
 from compress.machine import Machine, Progress
@@ -32,18 +32,12 @@ GATES = {
 }
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def own_version() -> str:
-    """Version of this package."""
+    """Version of this package; `compress.__version__` is this."""
     try:
         return version("autoglm-compress")
-    except PackageNotFoundError:  # run from a bare source tree
-        return "unknown"
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+source"
 
 
 def step_part(name: str, step: StepPlan, outcome: dict[str, Any], checked: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +78,7 @@ def assemble(
     steps: list[dict[str, Any]],
     stages: list[dict[str, Any]],
     evaluation_digest: str | None,
+    evaluation_revisions: Mapping[str, str],
     failed: list[str],
     folder: Path,
     progress: Progress,
@@ -96,10 +91,10 @@ def assemble(
         for key, source in sources.items():
             digests = {}
             for path in files[key]:
-                digests[path.name] = sha256(path)
+                digests[path.name] = digest(path)
                 task.advance()
             parts[key] = {"name": source.name, "revision": source.revision, "sha256": digests}
-        written = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        written = {str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         task.advance()
     return {
         "receipt": SCHEMA,
@@ -111,6 +106,7 @@ def assemble(
         **parts,
         "parameters": plan.parameters,
         "evaluation_sha256": evaluation_digest,
+        **({"evaluation_revisions": dict(evaluation_revisions)} if evaluation_revisions else {}),
         "steps": steps,
         "stages": stages,
         "gates": {"failed": failed} if plan.recipe.gates else None,

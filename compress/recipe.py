@@ -10,16 +10,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from compress.complaints import explain, in_one_line
 from compress.data import DataSpec
 from compress.errors import UserError, did_you_mean, nearest
-from compress.recipe_yaml import Entry, Problems, dump_yaml, override, parse, read_text, show
+from compress.recipe_yaml import CONTROL, Entry, Problems, dump_yaml, override, parse, read_text, show
 from compress.steps import STEPS
 from compress.steps.types import StepOptions
 
 M = TypeVar("M", bound=BaseModel)
+VERSION = 1  # of the recipe format: a recipe that says a higher one is refused before its keys are looked at
+
+
+def _one_line(found: str) -> str:
+    if control := CONTROL.search(found):
+        raise ValueError(f"found {show(found)}, which holds the control character {control[0]!r}")
+    return found
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]  # of a model
 
 
 class _Part(BaseModel):
@@ -69,16 +79,20 @@ class StepEntry(_Part):
 class Recipe(_Part):
     """A model, the steps it goes through, and what the result must keep."""
 
-    model: Annotated[str, Field(min_length=1)] = Field(
-        ..., description="A folder, a hub id (org/name@revision), a .gguf file, or demo:NAME."
+    version: Annotated[int, Field(ge=1, le=VERSION)] = Field(
+        VERSION, description="Of the recipe format; a recipe of a newer one is refused."
     )
-    teacher: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="The model that distill learns from; default: model."
-    )
+    model: Name = Field(..., description="A folder, a hub id (org/name@revision), a .gguf file, or demo:NAME.")
+    teacher: Name | None = Field(None, description="The model that distill learns from; default: model.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of everything that is drawn.")
     data: DataParts = Field(DataParts(), description="Calibration, training and evaluation text.")
     steps: Annotated[tuple[StepEntry, ...], Field(min_length=1)] = Field(..., description="What is done, in order.")
     evaluate: Literal["each", "last", "never"] = Field("last", description="After which steps the result is measured.")
+    keep_intermediate: bool = Field(
+        True,
+        description="Write every step's checkpoint; false fuses prune with the quantize step that follows it into one "
+        "pass.",
+    )
     gates: Gates | None = Field(None, description="What the result must keep.")
 
     @classmethod
@@ -92,10 +106,15 @@ class Recipe(_Part):
         data: DataSpec | None = None,
         seed: int = 0,
     ) -> Recipe:
-        """The recipe of a lone command: one step, not evaluated. `data` stands for the source that the step reads."""
+        """The recipe of a lone command: one step, not evaluated. `data` stands for the source that the step reads.
+
+        Raises UserError for a model, teacher or seed that no recipe takes."""
         parts = DataParts() if data is None else DataParts(**{STEPS[kind].data: data})
         step = StepEntry(kind=kind, options=options)
-        return cls(model=model, teacher=teacher, seed=seed, data=parts, steps=(step,), evaluate="never")
+        try:
+            return cls(model=model, teacher=teacher, seed=seed, data=parts, steps=(step,), evaluate="never")
+        except ValidationError as error:
+            raise in_one_line(error, cls, kind) from None
 
 
 def part_default(part: str) -> DataSpec:
@@ -120,6 +139,7 @@ def loads(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> R
     recipe = None
     if tree is not None:
         override(tree, overrides, STEPS, problems)
+        _refuse_newer(tree)
         recipe = _recipe(tree, problems)
     problems.raise_any()
     if recipe is None:
@@ -168,6 +188,8 @@ def dump(recipe: Recipe) -> str:
     shown["steps"] = [{step.kind: _changes(step.options)} for step in recipe.steps]
     if recipe.evaluate != "last":
         shown["evaluate"] = recipe.evaluate
+    if not recipe.keep_intermediate:
+        shown["keep_intermediate"] = False
     if recipe.gates is not None:
         shown["gates"] = _changes(recipe.gates)
     return dump_yaml(shown)
@@ -177,44 +199,6 @@ def _changes(model: BaseModel, defaults: Mapping[str, Any] | None = None) -> dic
     fields = type(model).model_fields
     base = {key: field.get_default() for key, field in fields.items()} if defaults is None else defaults
     return {key: value for key, value in model.model_dump().items() if fields[key].is_required() or value != base[key]}
-
-
-def explain(error: ErrorDetails, model: type[BaseModel]) -> str:
-    """A pydantic error about one field of `model`, as one clause: what was found, what is allowed."""
-    key = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "extra_forbidden":
-        return "unknown key" + did_you_mean(key, model.model_fields)
-    if error["type"] == "missing":
-        return f"missing; allowed: {allowed(model, key)}"
-    if error["type"] in ("value_error", "assertion_error"):  # raised by a validator of ours: its words are enough
-        return error["msg"].split(", ", 1)[-1]
-    found = f"found {show(error['input'])}, allowed: {allowed(model, key)}"
-    choices = _schema(model, key).get("enum")
-    near = nearest(error["input"], choices) if choices and isinstance(error["input"], str) else None
-    return f"{found}; did you mean '{near}'?" if near else found
-
-
-def allowed(model: type[BaseModel], key: str) -> str:
-    """What a field takes, in words: `a number above 0 and below 1`."""
-    schema = _schema(model, key)
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
-    kinds = {"number": "a number", "integer": "a whole number", "string": "text", "boolean": "true or false"}
-    words = {
-        "exclusiveMinimum": "above {}",
-        "minimum": "at least {}",
-        "exclusiveMaximum": "below {}",
-        "maximum": "at most {}",
-    }
-    bounds = [text.format(schema[name]) for name, text in words.items() if name in schema]
-    kind = kinds.get(schema.get("type", ""), "a list" if schema.get("type") == "array" else "a map")
-    return f"{kind} {' and '.join(bounds)}".strip()
-
-
-def _schema(model: type[BaseModel], key: str) -> dict[str, Any]:
-    schema: dict[str, Any] = model.model_json_schema()["properties"].get(key, {})
-    kinds = [kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"]
-    return {**schema, **kinds[0]} if kinds else schema
 
 
 def _checked(
@@ -239,6 +223,15 @@ def _map(tree: Entry, path: tuple[str | int, ...], problems: Problems) -> dict[s
         return {}
     problems.add(entry.where, path, f"found {show(entry.plain())}, allowed: a map")
     return None
+
+
+def _refuse_newer(tree: Entry) -> None:
+    """Before anything else: what a newer recipe means by its keys is not for this version to judge."""
+    said = tree.value.get("version") if isinstance(tree.value, dict) else None
+    if said is not None and isinstance(said.value, (int, float)) and said.value > VERSION:
+        raise UserError(
+            f"{said.where}: version: found {said.value}, but this autoglm-compress reads version {VERSION}; upgrade it"
+        )
 
 
 def _recipe(tree: Entry, problems: Problems) -> Recipe | None:
@@ -275,9 +268,9 @@ def _data(tree: Entry, problems: Problems) -> DataParts | None:
         path = ("data", part)
         if part not in DataParts.model_fields:
             specs[part] = entry.plain()
-        elif isinstance(entry.value, str):
-            specs[part] = part_default(part).model_copy(update={"source": entry.value})
-        elif (keys := _map(tree, path, problems)) is not None:
+            continue
+        keys = {"source": entry} if isinstance(entry.value, str) else _map(tree, path, problems)
+        if keys is not None:
             given = {key: value.plain() for key, value in keys.items()}
             specs[part] = _checked(DataSpec, {**part_default(part).model_dump(), **given}, path, tree, problems)
     return _checked(DataParts, {k: v for k, v in specs.items() if v is not None}, ("data",), tree, problems)
@@ -302,8 +295,10 @@ def _step(tree: Entry, index: int, problems: Problems) -> StepEntry | None:
     if isinstance(entry.value, str) and entry.value in STEPS:  # `- prune`, which YAML reads as text
         entry.value = {entry.value: Entry(None, entry.where)}
     if not isinstance(entry.value, dict) or len(entry.value) != 1:
-        keys = f"the keys {', '.join(entry.value)}" if isinstance(entry.value, dict) else show(entry.plain())
-        problems.add(entry.where, path, f"found {keys or 'an empty map'}, allowed: one key of {names}")
+        found = show(entry.plain())
+        if isinstance(entry.value, dict):
+            found = f"the keys {', '.join(map(str, entry.value))}" if entry.value else "an empty map"
+        problems.add(entry.where, path, f"found {found}, allowed: one key of {names}")
         return None
     kind = str(next(iter(entry.value)))
     path = (*path, kind)

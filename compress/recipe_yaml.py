@@ -1,7 +1,7 @@
 """YAML text -> a tree that remembers where every value stands, and `--set` overrides on that tree. Torch-free.
 
 The core schema of YAML 1.2 (so `1e-4` is a number and `no` is text), without what a recipe never needs and what bites:
-aliases, tags that build objects, repeated keys, numbers that are not finite, files above 1 MB.
+aliases, tags that build objects, repeated keys, numbers that are not finite, control characters, files above 100 kB.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ import yaml
 
 from compress.errors import UserError
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
+MAX_VALUES = 1000  # of a recipe: more are a file of another kind, and a list of complaints that nobody reads
+MAX_KEY = 1000  # characters: a key may be a path
+MAX_WHOLE = 2**63  # bound of whole numbers: larger ones overflow whatever they are multiplied with
+# what would break a line of output in two, or cannot be written: C0 and C1, line and paragraph separators, surrogates
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _CORE = (
     ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -45,6 +50,7 @@ class _Dumper(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
 
+_PATTERNS = {name: pattern for name, pattern, _ in _CORE}
 for _name, _pattern, _first in _CORE:
     _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
     _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
@@ -116,19 +122,22 @@ def show(value: Any) -> str:
         return "a list"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_text(path: Path) -> str:
-    """The file's text; a UserError for a folder, a file above 1 MB, or bytes that are not UTF-8."""
+    """The file's text; a UserError for a folder, a file above 100 kB, or bytes that are not UTF-8."""
     try:
         with path.open("rb") as handle:
             raw = handle.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
     if len(raw) > MAX_BYTES:
-        raise UserError(f"{path}: larger than 1 MB, which no recipe is")
+        raise UserError(f"{path}: larger than 100 kB, which no recipe is")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -149,15 +158,27 @@ def parse(text: str, source: str, problems: Problems, *, lines: bool = True) -> 
             loader.dispose()
         if node is None:
             return Entry(None, place(None))
+        if _count(node) > MAX_VALUES:
+            problems.add(source, (), f"more than {MAX_VALUES} values, which no recipe has")
+            return None
         return _entry(node, place, place(node.start_mark), problems, ())
     except yaml.MarkedYAMLError as error:
         what = " ".join(part for part in (error.context, error.problem) if part)
         problems.add(place(error.problem_mark or error.context_mark), (), f"not valid YAML: {what}")
     except yaml.YAMLError as error:
         problems.add(source, (), f"not valid YAML: {' '.join(str(error).split())}")
+    except (ValueError, OverflowError) as error:  # PyYAML's own int() and chr() of what an escape or a version says
+        problems.add(source, (), f"not valid YAML: {error}")
     except RecursionError:
         problems.add(source, (), "nested too deeply")
     return None
+
+
+def _count(node: yaml.Node) -> int:
+    """Keys and values in the tree."""
+    if isinstance(node, yaml.MappingNode):
+        return sum(1 + _count(value) for _, value in node.value)
+    return sum(map(_count, node.value)) if isinstance(node, yaml.SequenceNode) else 1
 
 
 def _entry(node: yaml.Node, place: Any, where: str, problems: Problems, path: tuple[str | int, ...]) -> Entry:
@@ -167,6 +188,8 @@ def _entry(node: yaml.Node, place: Any, where: str, problems: Problems, path: tu
             line = place(key.start_mark)
             if not isinstance(key, yaml.ScalarNode):
                 problems.add(line, path, "a key must be text, found a map or a list")
+            elif len(key.value) > MAX_KEY or CONTROL.search(key.value):
+                problems.add(line, path, f"unknown key {show(key.value)}")
             elif key.value in found:
                 problems.add(line, (*path, key.value), f"repeated key, it stands at {found[key.value].where} as well")
             else:
@@ -179,26 +202,27 @@ def _entry(node: yaml.Node, place: Any, where: str, problems: Problems, path: tu
 
 
 def _scalar(node: yaml.Node, where: str, problems: Problems, path: tuple[str | int, ...]) -> Any:
+    """Text, a number, true, false or None; None as well after a problem."""
     kind = node.tag.removeprefix(_TAG)
-    try:
-        if isinstance(node, yaml.ScalarNode):
-            if kind == "str":
-                return node.value
-            if kind == "null":
-                return None
-            if kind == "bool":
-                return {"true": True, "false": False}[node.value.lower()]
-            if kind == "int":
-                return int(node.value)
-            if kind == "float":
-                number = float(node.value)
-                if math.isfinite(number):
-                    return number
-                raise ValueError
-    except (KeyError, ValueError):
-        problems.add(where, path, f"found {show(node.value)}, which is no finite {kind}")
+    if not isinstance(node, yaml.ScalarNode) or kind not in ("str", *_PATTERNS):
+        problems.add(where, path, f"the tag {node.tag} is not allowed")
         return None
-    problems.add(where, path, f"the tag {node.tag} is not allowed")
+    text = node.value
+    if kind == "str":
+        found = CONTROL.search(text)
+        if found is None:
+            return text
+        problems.add(where, path, f"found {show(text)}, which holds the control character {found[0]!r}")
+    elif not _PATTERNS[kind].match(text):
+        problems.add(where, path, f"found {show(text)}, which is no {kind}")
+    elif kind == "bool":
+        return text.lower() == "true"
+    elif kind == "int" and len(text) < 100 and abs(int(text)) < MAX_WHOLE:
+        return int(text)
+    elif kind == "float" and math.isfinite(float(text)):
+        return float(text)
+    elif kind != "null":
+        problems.add(where, path, f"found {show(text)}, which is beyond all numbers that are read")
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from compress.arch import family_of
+from compress.arch import described, family_of
+from compress.card import auto_class
 from compress.machine import Progress, Silent, Task
 from compress.receipt import finite
 
@@ -174,12 +176,12 @@ class Screen(AbstractContextManager["Screen"]):
             return self._document(made.as_dict())
         sizes = made.family.sizes(made.before)
         what = f"{made.family.model_type}, {sizes.layers} layers, FFN {sizes.ffn}, heads {sizes.heads}/{sizes.kv_heads}"
-        rows = [["source", what, f"{made.parameters:,}", size(made.before.nbytes), ""]]
-        for number, step in enumerate(made.steps, 1):
-            what, memory = changes(step), size(step.memory)
-            rows.append([f"{number} {step.kind}", what, f"{step.parameters:,}", size(step.nbytes), memory])
-        columns = ["step", "what", "parameters", "bytes", "peak memory"]
-        width = len(columns) if made.memory is not None else len(columns) - 1
+        rows = [["source", what, f"{made.parameters:,}", size(made.before.nbytes), "", ""]]
+        for index, step in enumerate(made.steps):
+            what, needs = changes(step), [size(step.memory), size(made.disk_of(index))]
+            rows.append([f"{index + 1} {step.kind}", what, f"{step.parameters:,}", size(step.nbytes), *needs])
+        columns = ["step", "what", "parameters", "bytes", "peak memory", "disk"]
+        width = len(columns) if made.memory is not None else len(columns) - 2
         self._pair("model", made.source.name)
         if made.teacher is not None and made.teacher != made.source:
             self._pair("teacher", made.teacher.name)
@@ -209,17 +211,17 @@ class Screen(AbstractContextManager["Screen"]):
         plain(self._out, f"load:   {how_to_load(result.out)}")
 
     def inspection(self, found: Mapping[str, Any]) -> None:
-        """One `key: value` a line, and a table of what can be cut."""
+        """One `key: value` a line, a table of what can be cut, and one of who loads what is left."""
         if self._json:
             return self._document(found)
-        groups = found.get("groups") or ()
+        tables = [found.get(key) or () for key in ("groups", "cuts")]
         for key, value in found.items():
-            if key != "groups" and value is not None:
+            if key not in ("groups", "cuts") and value is not None:
                 self._pair(key, value)
-        if groups:
+        for rows in filter(None, tables):
             plain(self._out)
-            columns = list(dict.fromkeys(key for group in groups for key in group))
-            self._table(columns, [[_cell(key, group.get(key)) for key in columns] for group in groups])
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            self._table(columns, [[_cell(key, row.get(key)) for key in columns] for row in rows])
 
     def evaluation(self, found: Mapping[str, Any], model: str, reference: str | None) -> None:
         """One `key: value` a line."""
@@ -230,6 +232,30 @@ class Screen(AbstractContextManager["Screen"]):
             self._pair("reference", reference)
         for key, value in found.items():
             self._pair(key, value)
+
+    def recipes(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A row a recipe: its name, its steps, what it is."""
+        if self._json:
+            return self._document(rows)
+        columns = ("name", "steps", "what")
+        self._table(columns, [[_cell(key, row[key]) for key in columns] for row in rows], left=len(columns))
+
+    def yaml(self, text: str) -> None:
+        """A recipe as it stands in its file, byte for byte where no person looks on; coloured on a terminal."""
+        if not self._out.is_terminal:
+            sys.stdout.buffer.write(text.encode())  # whatever the locale
+            return
+        from rich.syntax import Syntax
+
+        shown = Syntax("", "yaml", theme="ansi_dark", background_color="default").highlight(text)
+        self._out.print(shown, end="", soft_wrap=True)
+
+    def said(self, found: Mapping[str, Any], line: str) -> None:
+        """What was done, as one line."""
+        if self._json:
+            return self._document(found)
+        if not self._quiet:
+            plain(self._out, line)
 
     def _document(self, value: Any) -> None:
         print(json.dumps(finite(value), indent=2, default=str))
@@ -255,10 +281,12 @@ class Screen(AbstractContextManager["Screen"]):
 
 
 def how_to_load(folder: Path) -> str:
-    """The line of Python that loads a folder with stock transformers."""
+    """The line of Python that loads a folder with stock transformers, or who does where that one does not."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    auto = "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"
-    return f"transformers.{auto}.from_pretrained({str(folder)!r})"
+    family = described(config)
+    if family.stock is not None:
+        return f"{' and '.join(family.loaders)}, while it is unquantized; stock transformers does not load this flavour"
+    return f"transformers.{auto_class(config)}.from_pretrained({str(folder)!r})"
 
 
 def changes(step: StepPlan) -> str:

@@ -1,7 +1,7 @@
 """Executes a plan: steps into a work folder, evaluation and self-check after them, receipt, gates, one rename.
 
-OUT appears whole or not at all. receipt.json is deterministic; what depends on the moment (seconds, peaks, host, date)
-stands in measured.json.
+OUT appears whole or not at all. What a killed run had finished is taken over by the next one (resume.py). receipt.json
+is deterministic; what depends on the moment (seconds, peaks, host, date) stands in measured.json.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from compress import receipt as receipts
 from compress.arch import family_of
 from compress.card import model_card
-from compress.check import self_check
+from compress.check import check_source, self_check
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import SHARD_BYTES
+from compress.checkpoint.ledger import EVERY, Ledger
 from compress.checkpoint.writer import sync
-from compress.errors import GateError
+from compress.errors import GateError, MachineError, UserError
 from compress.machine import (
     Machine,
     Progress,
@@ -35,14 +36,20 @@ from compress.machine import (
 from compress.output import check_apart, check_out, locked, publish, rejected, work_folder
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, dump
+from compress.resume import Unit, Work, evaluation_key, source_key, units
 from compress.steps import STEPS
 from compress.steps.evaluate.run import Evaluator
-from compress.steps.types import Job, StepPlan
+from compress.steps.types import Job, Outcome
+
+DESCRIBED = ("recipe.yaml", "receipt.json", "measured.json", "README.md")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Where the checkpoint is, its receipt, what was measured, and one row a stage."""
+    """Where the checkpoint is, its receipt, what was measured, and one row a stage.
+
+    `receipt` is empty when the run was told to stop before its end: `out` is then the last step's folder.
+    """
 
     out: Path
     receipt: dict[str, Any]
@@ -57,43 +64,83 @@ def run(
     *,
     overwrite: bool = False,
     keep_work: bool = False,
+    fresh: bool = False,
+    discard: bool = False,
+    wait: bool = False,
+    stop_after: int | None = None,
+    checkpoint_every: float = EVERY,
     progress: Progress | None = None,
     where: str | None = "recipe",
     shard_bytes: int = SHARD_BYTES,
 ) -> Result:
     """Run `recipe` into the folder `out`.
 
+    What an earlier run of the same recipe finished in OUT.work is taken over, unless `fresh`; an interrupted or failed
+    run leaves it there, unless `discard`. `stop_after` steps the run ends and keeps its work; `wait` for another run
+    that writes `out`; a running step saves its state about every `checkpoint_every` seconds.
+
     Raises UserError (nothing written), MachineError, SelfCheckError; GateError when a gate fails: the result then
-    lies in OUT.rejected.
+    lies in OUT.rejected. KeyboardInterrupt carries a line on what is kept.
     """
     progress = progress or Silent()
     check_out(out, overwrite)
     plan = make_plan(recipe, machine, progress=progress, where=where, out=out, shard_bytes=shard_bytes)
     check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
+    _check_stop(stop_after, len(plan.steps))
     torch.set_num_threads(machine.threads)
-    with locked(out), work_folder(out, keep_work) as work:
-        execution = _Run(plan, _Place(out, work, keep_work, shard_bytes), machine, progress)
+    with locked(out, (lambda: progress.note(f"{out}: another run is writing it; waiting")) if wait else None):
+        if wait:
+            check_out(out, overwrite)  # the other run may have made it
+        work = Work(work_folder(out, fresh), keep=keep_work)
+        place = _Place(out, keep_work, shard_bytes, stop_after, checkpoint_every)
+        execution = _Run(plan, place, work, machine, progress)
         try:
-            return execution.finish()
+            result = execution.finish()
+        except GateError:
+            work.remove()
+            raise
+        except (UserError, MachineError) as error:
+            # a wrong input is mended before the next run: only whole steps can be of use to it
+            useful = work.finished_steps() if isinstance(error, UserError) else work.holds_something()
+            if kept := work.kept(useful and not discard):
+                error.hint = f"{error.hint}; {kept}" if error.hint else f"{kept}: the same command goes on from there"
+            raise
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(work.kept(work.holds_something() and not discard) or "") from None
+        except BaseException:
+            work.kept(work.holds_something() and not discard)
+            raise
         finally:
             execution.close()
+        if result.receipt:
+            work.remove()
+        return result
+
+
+def _check_stop(stop_after: int | None, steps: int) -> None:
+    if stop_after is not None and not 1 <= stop_after < steps:
+        allowed = f"from 1 to {steps - 1}" if steps > 1 else "none: the recipe has one step"
+        raise UserError(f"--stop-after: found {stop_after}, allowed: a number of steps {allowed}")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a run works and where its result goes."""
+    """Where the result goes, and how."""
 
     out: Path
-    work: Path
     keep_work: bool
     shard_bytes: int
+    stop_after: int | None
+    checkpoint_every: float
 
 
 class _Run:
     """One execution; the state that its phases share."""
 
-    def __init__(self, plan: Plan, place: _Place, machine: Machine, progress: Progress) -> None:
-        self.plan, self.recipe, self.place, self.machine, self.progress = plan, plan.recipe, place, machine, progress
+    def __init__(self, plan: Plan, place: _Place, work: Work, machine: Machine, progress: Progress) -> None:
+        self.plan, self.recipe, self.place, self.work = plan, plan.recipe, place, work
+        self.machine, self.progress = machine, progress
+        self.units: tuple[Unit, ...] = ()
         self.stages: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
         self.measured: dict[str, Any] = {"steps": []}
@@ -109,19 +156,19 @@ class _Run:
         started = time.time()
         for note in self.plan.notes:
             self.progress.note(note)
-        if self.recipe.evaluate != "never":
-            reference = self.plan.source.folder
-            self.evaluator = Evaluator(
-                reference,
-                self.recipe.data.evaluation,
-                seed=self.recipe.seed,
-                reference=reference,
-                progress=self.progress,
-            )
-            self._evaluate("dense", reference)
+        check_source(self.plan.source.folder, self.plan.before)
+        self.units = units(self.plan, self.machine, self.place.shard_bytes, self.progress)
         folder = self.plan.source.folder
-        for index, step in enumerate(self.plan.steps):
-            folder = self._step(index, step, folder)
+        if self.recipe.evaluate != "never":
+            data, seed = self.recipe.data.evaluation, self.recipe.seed
+            self.evaluator = Evaluator(folder, data, seed=seed, reference=folder, progress=self.progress)
+            self._evaluate("dense", folder, source_key(self.plan))
+        taken_over = self._taken_over()
+        for index, unit in enumerate(self.units):
+            folder = self._unit(unit, folder, taken_over=index < taken_over)
+            if self.place.stop_after is not None and self.place.stop_after <= unit.last < len(self.plan.steps):
+                self.progress.note(f"stopped after {unit.name}; the same command without --stop-after goes on")
+                return Result(folder, {}, self.measured, tuple(self._rows()))
         failed = receipts.failed_gates(self.recipe, self.stages, self.plan.steps[-1])
         receipt = self._receipt(folder, failed)
         self.measured |= receipts.measured_host(self.machine, started)
@@ -137,60 +184,122 @@ class _Run:
             raise GateError(head, result=result)
         return result
 
-    def _step(self, index: int, step: StepPlan, source: Path) -> Path:
-        name = f"{index + 1}-{step.kind}"
-        target = self.place.work / name
+    def _taken_over(self) -> int:
+        """How many units an earlier run has finished: the folder of the last one is there, and all that the receipt
+        says of those before it."""
+        for count in range(len(self.units), 0, -1):
+            done = self.units[:count]
+            recorded = all(self.work.record(unit) for unit in done)
+            # what is to be measured of an earlier one was measured, or still can be
+            measured = all(
+                (self.work.folder / unit.name).is_dir() or self._measurement(unit)
+                for unit in done[:-1]
+                if self._is_evaluated(unit)
+            )
+            if recorded and measured and (self.work.folder / done[-1].name).is_dir():
+                return count
+        return 0
+
+    def _unit(self, unit: Unit, source: Path, taken_over: bool) -> Path:
+        target = self.work.folder / unit.name
+        record = self.work.record(unit) if taken_over else None
+        if record is None:
+            record = self.work.finished(unit, self._carry_out(unit, source, target))
+            if source.parent == target.parent and not self.place.keep_work:
+                shutil.rmtree(source, ignore_errors=True)
+        else:
+            self.progress.note(f"{unit.name}: taken over from an earlier run")
+            record["measured"] = [{**measured, "taken_over": True} for measured in record["measured"]]
+        self.steps += record["receipt"]
+        self.measured["steps"] += record["measured"]
+        if self._is_evaluated(unit):
+            self._evaluate(unit.name, target, unit.key)
+        return target
+
+    def _is_evaluated(self, unit: Unit) -> bool:
+        return self.recipe.evaluate == "each" or (self.recipe.evaluate == "last" and unit is self.units[-1])
+
+    def _carry_out(self, unit: Unit, source: Path, target: Path) -> dict[str, Any]:
+        """The unit's work and its self-check; its parts of receipt.json and measured.json, one a step."""
+        name, step = unit.steps[0]
         step = replace(step, before=read_header(source))  # as planned, now with the places of its bytes
-        self.progress.note(f"{name}: {step.kind}")
-        data = {part: getattr(self.recipe.data, part) for part in ("calibration", "training", "evaluation")}
-        teacher = self.plan.teacher.folder if self.plan.teacher else None
+        self.progress.note(f"{unit.name}: {' and '.join(step.kind for _, step in unit.steps)}")
+        ledger = Ledger(self.work.folder / f"{unit.name}.state", unit.key, self.place.checkpoint_every)
+        written = Ledger(self.work.folder / f"{unit.name}.written", unit.key)
         job = Job(
             plan=step,
             family=family_of(step.before),
             source=source,
             target=target,
-            teacher=teacher,
-            data=data,
+            teacher=self.plan.teacher.folder if self.plan.teacher else None,
+            data={part: getattr(self.recipe.data, part) for part in ("calibration", "training", "evaluation")},
             seed=self.recipe.seed,
             machine=self.machine,
             progress=self.progress,
             shard_bytes=self.place.shard_bytes,
+            name=name,
+            ledger=ledger,
+            pack=unit.steps[1][1] if len(unit.steps) > 1 else None,
         )
-        work = STEPS[step.kind].load()
+        outcome = _outcome(written) if target.is_dir() else None
+        if outcome is None:
+            outcome = self._work(job, written)
+        start = time.time()
+        try:
+            checked, full_load = self_check(target, unit.steps[-1][1], outcome, self.machine, self.progress)
+        finally:
+            written.forget()  # should the check fail, the same code would write the same again
+        _keep_scores(target, source)
+        measured = {
+            "step": unit.name,
+            **outcome.measured,
+            "check_seconds": round(time.time() - start, 2),
+            "memory_predicted": max(step.memory for _, step in unit.steps),
+            "full_load": full_load,
+        }
+        return {"receipt": self._parts(unit, outcome, checked), "measured": [measured]}
+
+    def _work(self, job: Job, written: Ledger) -> Outcome:
+        """Do the step, and keep what the self-check needs of it."""
+        shutil.rmtree(job.target, ignore_errors=True)  # of another key, or not known to be right
+        work = STEPS[job.plan.kind].load()
         before, start = resident_memory(), time.time()
         reset_peak_memory()
         outcome = work(job)
-        seconds, peak = time.time() - start, peak_memory()
-        checked, full_load = self_check(target, step, outcome, self.machine, self.progress)
-        self.measured["steps"].append(
-            {
-                "step": name,
-                "seconds": round(seconds, 2),
-                "check_seconds": round(time.time() - start - seconds, 2),
-                "memory_before": before,
-                "memory_peak": peak,
-                "memory_predicted": step.memory,
-                "full_load": full_load,
-                **outcome.measured,
-            }
-        )
-        self.steps.append(receipts.step_part(name, step, outcome.receipt, checked))
-        _keep_scores(target, source)
-        if index and not self.place.keep_work:
-            shutil.rmtree(source)
-        last = index + 1 == len(self.plan.steps)
-        if self.recipe.evaluate == "each" or (self.recipe.evaluate == "last" and last):
-            self._evaluate(name, target)
-        return target
+        measured = {"seconds": round(time.time() - start, 2), "memory_before": before, "memory_peak": peak_memory()}
+        outcome = replace(outcome, measured={**measured, **outcome.measured})
+        facts = {"receipt": outcome.receipt, "measured": outcome.measured, "packed": list(outcome.packed)}
+        written.save(facts, {"probe": outcome.probe, "logits": outcome.logits})
+        if job.ledger is not None:
+            job.ledger.forget()
+        return outcome
 
-    def _evaluate(self, stage: str, folder: Path) -> None:
+    def _parts(self, unit: Unit, outcome: Outcome, checked: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = []
+        for (name, step), found in zip(unit.steps, (outcome.receipt, *outcome.packed), strict=True):
+            last = name == unit.name
+            parts.append(receipts.step_part(name, step, found, checked if last else {"with": unit.name}))
+        return parts
+
+    def _evaluate(self, stage: str, folder: Path, key: str) -> None:
+        """Measure `folder`, or take over what was measured of the same bytes."""
         assert self.evaluator is not None
-        start = time.time()
-        row = {"stage": stage, **self.evaluator.measure(folder, stage)}
-        self.stages.append(row)
-        self.measured.setdefault("evaluation_seconds", {})[stage] = round(time.time() - start, 2)
+        key = evaluation_key(self.plan, self.machine, key)
+        found = self.work.evaluation(key)
+        if found is None:
+            start = time.time()
+            row = self.evaluator.measure(folder, stage)
+            found = {"row": row, "seconds": round(time.time() - start, 2)}
+            self.work.evaluated(key, found)
+        self.stages.append({"stage": stage, **found["row"]})
+        self.measured.setdefault("evaluation_seconds", {})[stage] = found["seconds"]
+
+    def _measurement(self, unit: Unit) -> dict[str, Any] | None:
+        return self.work.evaluation(evaluation_key(self.plan, self.machine, unit.key))
 
     def _receipt(self, folder: Path, failed: list[str]) -> dict[str, Any]:
+        for name in DESCRIBED:  # of a run that was killed just before its end
+            (folder / name).unlink(missing_ok=True)
         return receipts.assemble(
             plan=self.plan,
             threads=self.machine.threads,
@@ -198,6 +307,7 @@ class _Run:
             steps=self.steps,
             stages=self.stages,
             evaluation_digest=self.evaluator.tokens.digest if self.evaluator else None,
+            evaluation_revisions=self.evaluator.tokens.revisions if self.evaluator else {},
             failed=failed,
             folder=folder,
             progress=self.progress,
@@ -223,7 +333,16 @@ class _Run:
             yield measured["dense"]
         for step in self.steps:
             row = {"stage": step["step"], "parameters": step["parameters"], "bytes": step["bytes"]}
-            yield row | measured.get(step["step"], {}) | {"seconds": seconds[step["step"]]}
+            yield row | measured.get(step["step"], {}) | {"seconds": seconds.get(step["step"])}
+
+
+def _outcome(written: Ledger) -> Outcome | None:
+    """What the step that wrote a whole folder reported, when the run ended before it was checked."""
+    state = written.load()
+    if state is None:
+        return None
+    facts, tensors = state.facts, state.tensors
+    return Outcome(facts["receipt"], tensors["probe"], tensors["logits"], facts["measured"], tuple(facts["packed"]))
 
 
 def _keep_scores(target: Path, source: Path) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from compress.errors import UserError
+from compress.limits import DOUBLE_UP_TO
 
-DOUBLE_UP_TO = 4096  # columns; above, float64 costs twice the memory of an H that is the largest thing alive
 REFRESH = 1024  # removals after which the downdated inverse is recomputed (rounding accumulates)
 
 

@@ -21,4 +21,5 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 @torch.no_grad()
 def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Float32 logits for `inputs`."""
-    return model(**inputs).logits.float()
+    found: torch.Tensor = model(**inputs).logits.float()
+    return found

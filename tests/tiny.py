@@ -6,6 +6,7 @@ Run as a module to make the model that recipes/glm4v-tiny-ci.yaml compresses: py
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ import torch
 from transformers import (
     Glm4vConfig,
     Glm4vForConditionalGeneration,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -45,8 +50,68 @@ def llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, sh
     return _save(LlamaForCausalLM(config), folder, seed, dtype, shard)
 
 
+def mistral(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """As the llama, with 6 heads of 8 beside a hidden size of 64: a shape that stock llama refuses."""
+    config = MistralConfig(
+        **{
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 96,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 512,
+            "sliding_window": None,
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+            "pad_token_id": 257,
+            **sizes,
+        }
+    )
+    return _save(MistralForCausalLM(config), folder, seed, dtype, shard)
+
+
 def glm4v(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
     """Text: hidden 64, 2 layers, 8 heads / 2 KV heads, FFN 128; a vision tower of 2 layers. Keywords: text sizes."""
+    config = Glm4vConfig(**_glm(sizes), tie_word_embeddings=False)
+    return _save(Glm4vForConditionalGeneration(config), folder, seed, dtype, shard)
+
+
+def glm46v_interleaved(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """The pico glm4v as glm46v, over the text class of glm4v."""
+    config = Glm46VConfig(**_glm({"model_type": "glm4v_text", **sizes}))
+    return _save(Glm46VForConditionalGeneration(config), folder, seed, dtype, shard)
+
+
+def glm46v(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """glm46v over glm_image_text, the flavour portable: 6 heads of 8 beside a hidden size of 64."""
+    heads = {"num_attention_heads": 6, "head_dim": 8, "attention_bias": True}
+    config = Glm46VConfig(**_glm({"model_type": "glm_image_text", **heads, **sizes}))
+    return _save(Glm46VForConditionalGeneration(config), folder, seed, dtype, shard)
+
+
+def glm4v_native(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """glm4v with a head_dim of its own, which stock transformers does not load: 6 heads of 8 beside a hidden size of
+    64. (The same random numbers as in `glm46v`, under the other label: another model.)"""
+    glm46v(folder, seed=seed, dtype=dtype, shard=shard, **sizes)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "glm4v", "architectures": ["Glm4vForConditionalGeneration"]}
+    config["text_config"]["model_type"] = "glm4v_text"
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def _glm(sizes: dict[str, Any]) -> dict[str, Any]:
+    """What the configs of all relatives of glm4v share."""
     text = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -66,6 +131,7 @@ def glm4v(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, sh
         **sizes,
     }
     vision = {
+        "model_type": "glm4v_vision",
         "depth": 2,
         "hidden_size": 32,
         "num_heads": 2,
@@ -76,18 +142,16 @@ def glm4v(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, sh
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    config = Glm4vConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE_TOKEN,
-        image_start_token_id=301,
-        image_end_token_id=302,
-        video_token_id=303,
-        video_start_token_id=304,
-        video_end_token_id=305,
-        tie_word_embeddings=False,
-    )
-    return _save(Glm4vForConditionalGeneration(config), folder, seed, dtype, shard)
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": IMAGE_TOKEN,
+        "image_start_token_id": 301,
+        "image_end_token_id": 302,
+        "video_token_id": 303,
+        "video_start_token_id": 304,
+        "video_end_token_id": 305,
+    }
 
 
 def image_inputs(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -136,4 +200,4 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 if __name__ == "__main__":
     kind, target = sys.argv[1:]
-    print({"llama": llama, "glm4v": glm4v}[kind](Path(target)))
+    print({"llama": llama, "mistral": mistral, "glm4v": glm4v, "glm46v": glm46v}[kind](Path(target)))

@@ -6,20 +6,38 @@ tests/tiny.py. Nothing here imports torch.
 
 from __future__ import annotations
 
-from compress.arch.family import Cut, Family, Group, Sizes
-from compress.arch.glm4v import GLM4V
+from collections.abc import Mapping
+from typing import Any
+
+from compress.arch.family import SAME, Cut, Family, Group, Rewrite, Sizes
+from compress.arch.glm4v import GLM4V, GLM4V_NATIVE, GLM46V, GLM46V_INTERLEAVED, NATIVE, PORTABLE
 from compress.arch.llama import LLAMA
+from compress.arch.mistral import MISTRAL
 from compress.checkpoint.headers import Header
 from compress.errors import UserError, did_you_mean
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, GLM4V)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, GLM4V, GLM4V_NATIVE, GLM46V, GLM46V_INTERLEAVED)
+}
+FLAVOURS = (PORTABLE, NATIVE)
 
-__all__ = ["FAMILIES", "Cut", "Family", "Group", "Sizes", "family_of"]
+__all__ = ["FAMILIES", "FLAVOURS", "SAME", "Cut", "Family", "Group", "Rewrite", "Sizes", "described", "family_of"]
 
 
 def family_of(header: Header) -> Family:
-    """The family that config.json names; UserError for one nobody described."""
-    found = header.config.get("model_type")
-    if not isinstance(found, str) or found not in FAMILIES:
-        raise UserError(f"config.json: model_type {found!r} is not supported{did_you_mean(str(found), FAMILIES)}")
-    return FAMILIES[found]
+    """The family that a checkpoint's config.json describes; UserError for one nobody described."""
+    return described(header.config)
+
+
+def described(config: Mapping[str, Any]) -> Family:
+    """The family that a raw config.json describes; UserError for one nobody described."""
+    found = config.get("model_type")
+    same = [family for family in FAMILIES.values() if family.model_type == found]
+    if not same:
+        known = dict.fromkeys(family.model_type for family in FAMILIES.values())
+        raise UserError(f"config.json: model_type {found!r} is not supported{did_you_mean(str(found), known)}")
+    reasons = [family.unlike(config) for family in same]
+    for family, reason in zip(same, reasons, strict=True):
+        if reason is None:
+            return family
+    raise UserError(f"config.json: {reasons[0]}")

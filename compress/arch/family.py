@@ -1,4 +1,4 @@
-"""The vocabulary of the family descriptions: Sizes, Cut, Group, Family."""
+"""The vocabulary of the family descriptions: Sizes, Cut, Group, Rewrite, Family. Torch-free."""
 
 from __future__ import annotations
 
@@ -67,26 +67,81 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Rewrite:
+    """The same decoder under the label of another family, for a shape that its own stock class refuses.
+
+    flavour: the prune option that asks for it, None where there is one way only. config: the raw config.json with the
+    new shape -> a new one under the other label, every default spelled out on which the two classes differ.
+    refuse: why a checkpoint cannot take the label, from its config, or None. why: completes "because A; ...".
+    Where the two families differ in `rope`, rows of q_proj and k_proj change places (compress/arch/rope.py).
+    """
+
+    flavour: str | None
+    config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    refuse: Callable[[Mapping[str, Any]], str | None]
+    why: str
+
+
+SAME = Rewrite(flavour=None, config=dict, refuse=lambda config: None, why="")  # the label that it has
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family.
 
+    name: its key in FAMILIES. model_type: what config.json says; unlike: why a config of that type is not this family.
     architecture: the stock class that config.json must name.
     text: module path of the decoder (with embed_tokens, layers, norm, rotary_emb) in the stock model; names on disk
     are the same. head: name of the output matrix. rope_axes: leading axes of position ids that rotary_emb takes.
+    rope: order of the rotary rows of a head in q_proj and k_proj, `interleaved` or `half-split`.
     layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
     groups: what can be cut. refuse: a reason why a planned shape cannot be loaded by stock transformers, or None.
+    rewrites: the labels under which it can be loaded then.
+    stock: for a family that stock transformers does not load, the rewrite under which its classes compute the same.
+    vllm: what loads it in vLLM, where that was run and compared (docs/families.md); None where it was not.
     skip: module-name prefixes that quantization leaves alone.
     """
 
+    name: str
     model_type: str
     architecture: str
     text: str
     head: str
     rope_axes: int
+    rope: str
     layer: Callable[[Sizes, Mapping[str, Any]], dict[str, tuple[int, ...]]]
     groups: Callable[[Sizes, Mapping[str, Any]], tuple[Group, ...]]
     refuse: Callable[[Sizes], str | None]
     skip: tuple[str, ...]
+    unlike: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    rewrites: tuple[Rewrite, ...] = ()
+    stock: Rewrite | None = None
+    vllm: str | None = None
+
+    @property
+    def loaders(self) -> tuple[str, ...]:
+        """Who loads a checkpoint of this family, in words."""
+        found = [] if self.stock is not None else [f"stock transformers ({self.architecture})"]
+        return (*found, *([f"vLLM ({self.vllm})"] if self.vllm else []))
+
+    def label(self, config: Mapping[str, Any], sizes: Sizes, flavour: str) -> tuple[Rewrite | None, str]:
+        """The label for a checkpoint with fewer heads, `sizes`, and why it is another one; or None, and why none fits.
+
+        flavour: what the prune option says; it counts for families whose rewrites have flavours.
+        """
+        reason = self.refuse(sizes)
+        if reason is None and self.stock is None:
+            return SAME, ""
+        found = next((r for r in self.rewrites if r.flavour in (None, flavour)), None)
+        if found is None and reason is None:
+            return SAME, ""  # it has the flavour that was asked for
+        if found is None:
+            allowed = ", ".join(str(r.flavour) for r in self.rewrites)
+            return None, f"a {self.model_type} does not become {flavour}; allowed: {allowed}"
+        refusal = found.refuse(config)
+        if refusal is not None:
+            return None, f"{reason}; {refusal}"
+        return found, f"{reason or f'flavour {flavour} was asked for'}; {found.why}"
 
     def prefix(self, layer: int) -> str:
         """Prefix of the tensors of one decoder layer, with the dot."""

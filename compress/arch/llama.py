@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compress.arch.family import Family, Group, Sizes, ffn_split, query_heads
+from compress.arch.family import Family, Group, Rewrite, Sizes, ffn_split, query_heads
+from compress.arch.rope import HALF_SPLIT
+
+# Keys that a llama may leave out and for which MistralConfig fills in another value: llama's are written out.
+DEFAULTS = {"max_position_embeddings": 2048}
+BIASES = ("attention_bias", "mlp_bias")
 
 
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -48,14 +53,36 @@ def _refuse(sizes: Sizes) -> str | None:
     return None
 
 
+def _as_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in (*BIASES, "pretraining_tp", "auto_map")}
+    changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    return {**DEFAULTS, **kept, **changes}
+
+
+def _biased(config: Mapping[str, Any]) -> str | None:
+    found = [key for key in BIASES if config.get(key)]
+    return f"mistral, the class that would take them, has no biases, and {found[0]} is true" if found else None
+
+
+MISTRAL_LABEL = Rewrite(
+    flavour=None,
+    config=_as_mistral,
+    refuse=_biased,
+    why="mistral is the same block and takes any number of heads",
+)
+
 LLAMA = Family(
+    name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
     text="model",
     head="lm_head",
     rope_axes=1,
+    rope=HALF_SPLIT,
     layer=_layer,
     groups=_groups,
     refuse=_refuse,
     skip=("lm_head",),
+    rewrites=(MISTRAL_LABEL,),
+    vllm="its own class",
 )

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compress.errors import MachineError, UserError
 from compress.machine import Progress, Task
@@ -31,6 +31,9 @@ ALLOWED = (
 # subfolders hold other formats of the same weights (original/, onnx/); consolidated* is Mistral's second copy
 IGNORED = ("*/*", "consolidated*")
 
+# the HTTP and Xet libraries have error classes of their own, and which they are changes with the hub's version
+NETWORK = ("aiohttp", "httpx", "httpx2", "requests", "hf_xet", "huggingface_hub")
+
 
 def fetch(repository: str, revision: str | None, progress: Progress) -> Path:
     """The snapshot folder of `repository` at `revision` (a branch, tag or commit; None = main); its name is the commit.
@@ -46,7 +49,7 @@ def fetch(repository: str, revision: str | None, progress: Progress) -> Path:
         "allow_patterns": list(ALLOWED),
         "ignore_patterns": list(IGNORED),
     }
-    with _told_in_one_line(repository, revision):
+    with told_in_one_line(repository, revision):
         size = _bytes_to_fetch(what)
         if size:
             with progress.task(f"fetching {repository}", total=size) as task:
@@ -93,8 +96,13 @@ def _reporting_to(task: Task) -> type:
 
 
 @contextmanager
-def _told_in_one_line(repository: str, revision: str | None) -> Iterator[None]:
+def told_in_one_line(
+    repository: str, revision: str | None, kind: Literal["model", "dataset"] = "model"
+) -> Iterator[None]:
+    """What goes wrong within, as one line about `repository`: UserError, or MachineError for network and disk."""
     from huggingface_hub import constants, errors
+
+    here = "no folder here, and " if kind == "model" else ""  # a dataset's name is never a folder's
 
     try:
         yield
@@ -106,25 +114,24 @@ def _told_in_one_line(repository: str, revision: str | None) -> Iterator[None]:
         raise UserError(f"{repository}: the hub has no revision '{revision}' of it") from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"{repository}: not found, neither as a folder here nor on the hub",
-            hint="a private model needs a login: hf auth login",
+            f"{repository}: not found{', neither as a folder here nor' if here else ''} on the hub",
+            hint=f"a private {kind} needs a login: hf auth login",
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"{repository}: not a hub id ({error})") from None
     except errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise UserError(
-                f"{repository}: no folder here, and not complete in the hub's cache; HF_HUB_OFFLINE forbids to fetch it"
+                f"{repository}: {here}not complete in the hub's cache; HF_HUB_OFFLINE forbids to fetch it"
             ) from None
         cause = type(error.__cause__).__name__
-        raise MachineError(f"{repository}: no folder here, and the hub cannot be reached ({cause})") from None
+        raise MachineError(f"{repository}: {here}the hub cannot be reached ({cause})") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(f"{repository}: fetching failed: the disk is full") from None
         raise MachineError(f"{repository}: fetching failed ({_first_line(error)})") from None
     except Exception as error:
-        # the HTTP and Xet libraries have error classes of their own, and which they are changes with the hub's version
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "requests", "hf_xet", "huggingface_hub"):
+        if type(error).__module__.split(".")[0] not in NETWORK:
             raise
         raise MachineError(f"{repository}: fetching failed ({_first_line(error)})") from None
 

@@ -6,7 +6,6 @@ made from; two processes that convert the same model at once do not harm each ot
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.checkpoint import demo, hub
+from compress.checkpoint.digests import digest
 from compress.errors import MachineError, UserError, did_you_mean, nearest
 from compress.machine import Progress, Silent
 
@@ -70,10 +70,10 @@ def _folder(path: Path) -> Source:
 def _file(path: Path, progress: Progress) -> Source:
     if path.suffix != ".gguf":
         raise UserError(f"{path}: a file; MODEL is a folder, a .gguf file, a hub id or demo:{demo.SMOLLM2.name}")
-    digest = _digest(path)
-    folder = demo.cache_folder() / f"gguf-{digest[:12]}-{CONVERSION}"
+    found = digest(path)
+    folder = demo.cache_folder() / f"gguf-{found[:12]}-{CONVERSION}"
     _once(folder, lambda target: _convert(path, target, {}, progress))
-    return Source(folder, path.name, f"sha256:{digest}")
+    return Source(folder, path.name, f"sha256:{found}")
 
 
 def _demo(name: str, progress: Progress) -> Source:
@@ -142,25 +142,6 @@ def _sweep(cache: Path) -> None:
             continue
         if old:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    """sha256 of a file, remembered by path, size, mtime and inode: a 10 GB file is read once, not at every command."""
-    try:
-        state = path.stat()
-        said = f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ino}"
-        memo = demo.cache_folder() / "digests" / hashlib.sha256(said.encode()).hexdigest()
-        if memo.is_file():
-            return memo.read_text()
-        with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as handle_out:
-            handle_out.write(digest)
-        os.replace(handle_out.name, memo)
-    except OSError as error:
-        raise MachineError(f"{error.filename or path}: {error.strerror or error}") from None
-    return digest
 
 
 def _looks_like_path(spec: str, path: Path) -> bool:

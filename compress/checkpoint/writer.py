@@ -2,7 +2,8 @@
 
 The shapes are planned before a weight is read, so every tensor's place is known from the start: files are laid out
 from the plan and filled by positioned writes, in whatever order a streaming step produces its tensors. Nothing of
-`target` exists until everything was written, synced and renamed; on any error the partial folder is removed.
+`target` exists until everything was written, synced and renamed; on any error the partial folder is removed, unless
+it is kept for a run that goes on from it (ledger.py says from where).
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ CARRIED = (
 class Writer:
     """`with Writer(target, tensors) as w: w.config(...); w.put(name, tensor) ...`: a whole folder, or none."""
 
-    def __init__(self, target: Path, tensors: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES) -> None:
-        self.target = target
+    def __init__(
+        self, target: Path, tensors: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES, *, keep: bool = False
+    ) -> None:
+        """`keep`: leave the partial folder on an error, and go on from one that was left with the same layout."""
+        self.target, self._keep = target, keep
         self.partial = target.with_name(target.name + ".partial")
         self._shards = layout(tensors, shard_bytes)
         self._places: dict[str, tuple[TensorSpec, Shard, int]] = {}
@@ -56,23 +60,46 @@ class Writer:
                 self._places[spec.name] = (spec, shard, offset)
                 offset += spec.nbytes
         self._missing = set(self._places)
+        self.kept = False  # whether it goes on from a partial folder that was left
         self._rows: dict[str, int] = {}
         self._files: dict[str, int] = {}
 
     def __enter__(self) -> Writer:
-        if self.partial.exists():
+        kept = self._keep and all(_starts_with(self.partial / shard.name, shard.header) for shard in self._shards)
+        self.kept = kept
+        if self.partial.exists() and not kept:
             shutil.rmtree(self.partial)
         try:
-            with _disk_errors(self.partial):
-                self.partial.mkdir(parents=True)
+            with disk_errors(self.partial):
+                self.partial.mkdir(parents=True, exist_ok=kept)
                 for shard in self._shards:
-                    descriptor = os.open(self.partial / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                    how = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
+                    descriptor = os.open(self.partial / shard.name, how, 0o666)
                     self._files[shard.name] = descriptor
-                    _pwrite(descriptor, shard.header, 0)
+                    if not kept:
+                        _pwrite(descriptor, shard.header, 0)
         except BaseException:
-            self._close()
+            self._close(remove=not self._keep)
             raise
         return self
+
+    def resume(self, names: Iterable[str]) -> None:
+        """These tensors are in the kept partial folder already."""
+        for name in names:
+            self._place(name)
+            self._missing.discard(name)
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Names of the tensors that are complete."""
+        return frozenset(self._places.keys() - self._missing)
+
+    def sync(self) -> None:
+        """All that was written so far reaches the disk."""
+        with disk_errors(self.partial):
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+            sync(self.partial)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -81,14 +108,14 @@ class Writer:
             if kind is None:
                 self._finish()
         finally:
-            self._close()
+            self._close(remove=not self._keep)
 
-    def _close(self) -> None:
+    def _close(self, remove: bool) -> None:
         """Close all files; remove the partial folder, which is gone already when all went well."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-        if self.partial.exists():
+        if remove and self.partial.exists():
             shutil.rmtree(self.partial)
 
     def put(self, name: str, value: torch.Tensor) -> None:
@@ -131,7 +158,7 @@ class Writer:
 
     def file(self, name: str, content: bytes) -> None:
         """A small file beside the weights; `name` may have a folder."""
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
             (self.partial / name).write_bytes(content)
 
@@ -146,7 +173,7 @@ class Writer:
     def carry(self, source: Path) -> None:
         """Copy tokenizer, processor, chat template, generation config, licence and notices of `source`."""
         names = sorted({p.name for pattern in CARRIED for p in source.glob(pattern) if p.is_file()})
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             for name in names:
                 shutil.copyfile(source / name, self.partial / name)
 
@@ -158,14 +185,14 @@ class Writer:
     def _write(self, name: str, start: int, value: torch.Tensor) -> None:
         _, shard, offset = self._place(name)
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             view = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs for 3.11 lack Buffer
             _pwrite(self._files[shard.name], view, offset + start)
 
     def _finish(self) -> None:
         if self._missing:
             raise SelfCheckError(f"{len(self._missing)} planned tensors were not written, first '{min(self._missing)}'")
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             if len(self._shards) > 1:
                 weight_map = {t.name: s.name for s in self._shards for t in s.tensors}
                 total = sum(t.nbytes for s in self._shards for t in s.tensors)
@@ -188,6 +215,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _starts_with(path: Path, header: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as handle:
+        return handle.read(len(header)) == header
+
+
 def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     done = 0
@@ -195,7 +229,7 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
-class _disk_errors:
+class disk_errors:
     """Turns an OSError while writing into one line with exit code 4."""
 
     def __init__(self, path: Path) -> None:

@@ -84,12 +84,17 @@ def check_writable(path: Path, overwrite: bool) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write whole or not at all; what JSON has no number for (infinity) is null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-    partial = path.with_name(f".evaluate-{secrets.token_hex(8)}.partial")
+    write_text(path, json.dumps(plain, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all; MachineError when the disk will not take it."""
+    partial = path.with_name(f".{path.name[:100]}-{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(plain, indent=2) + "\n")
+                file.write(text)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

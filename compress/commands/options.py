@@ -22,10 +22,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from compress.data import DataSpec
+from compress.complaints import explain
+from compress.data import KINDS, DataSpec, parse_sources
 from compress.errors import UserError
 from compress.machine import Machine
-from compress.recipe import explain, part_default
+from compress.recipe import part_default
 from compress.report import Screen
 
 _DATA: dict[str, Any] = {"rich_help_panel": "Data"}
@@ -52,6 +53,7 @@ Target = Annotated[
     Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False, **_OUTPUT)
 ]
 
+_SOURCES = f"{KINDS}. Repeat it, with shares as in a.txt=0.5, to mix."
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -60,8 +62,8 @@ class DataFlags:
     """Which text a lone command reads."""
 
     data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="SPEC", help="builtin, or a .txt or .jsonl file. \\[default: builtin]", **_DATA),
+        list[str] | None,
+        typer.Option("--data", metavar="SPEC", help=escape(_SOURCES) + " \\[default: builtin]", **_DATA),
     ] = None
     samples: Annotated[
         str | None,
@@ -74,7 +76,8 @@ class DataFlags:
 
     def spec(self, part: str) -> DataSpec:
         """The data source, with the defaults that `part` (calibration, training or evaluation) has in a recipe."""
-        given = {"source": self.data, "samples": self.samples, "length": self.length}
+        source = parse_sources(self.data) if self.data else None
+        given = {"source": source, "samples": self.samples, "length": self.length}
         given = {key: value for key, value in given.items() if value is not None}
         return from_flags(DataSpec, {**part_default(part).model_dump(), **given}, {"source": "--data"})
 
@@ -87,7 +90,10 @@ class MachineFlags:
     """What this machine lends; no result depends on it, but for the thread count that the receipt records."""
 
     threads: Annotated[
-        str | None, typer.Option("--threads", metavar="N", help="Threads. \\[default: all cores]", **_MACHINE)
+        str | None,
+        typer.Option(
+            "--threads", metavar="N", help="Threads. \\[default: OMP_NUM_THREADS, else all cores]", **_MACHINE
+        ),
     ] = None
     memory: Annotated[
         str | None,
@@ -112,8 +118,31 @@ class RunFlags:
         str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file, as in 2GB.", **_OUTPUT)
     ] = "5GB"
 
-    def shard_bytes(self) -> int:
-        return parse_size(self.shard_size, "--shard-size")
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; take nothing from OUT.work.", **_OUTPUT)] = False
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Keep nothing in OUT.work when the run fails.", **_OUTPUT)
+    ] = False
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another run that writes OUT.", **_OUTPUT)] = False
+    stop_after: Annotated[
+        str | None, typer.Option("--stop-after", metavar="N", help="End after N steps; keep OUT.work.", **_OUTPUT)
+    ] = None
+    checkpoint_every: Annotated[
+        str,
+        typer.Option("--checkpoint-every", metavar="S", help="Seconds between the saved states of a step.", **_OUTPUT),
+    ] = "60"
+
+    def arguments(self) -> dict[str, Any]:
+        """As keywords of `compress.run.run`."""
+        return {
+            "overwrite": self.overwrite,
+            "keep_work": self.keep_work,
+            "fresh": self.fresh,
+            "discard": self.discard,
+            "wait": self.wait,
+            "stop_after": None if self.stop_after is None else whole("--stop-after", self.stop_after, 1, 999),
+            "checkpoint_every": float(whole("--checkpoint-every", self.checkpoint_every, 0, 10**6)),
+            "shard_bytes": parse_size(self.shard_size, "--shard-size"),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +210,7 @@ def _number(field: FieldInfo, value: Any) -> Any:
     if not isinstance(value, str) or str in kinds:
         return value
     with contextlib.suppress(ValueError):
-        if int in kinds:
+        if int in kinds and len(value) < 20:  # what has more digits is refused as text: it would overflow later
             return int(value)
         if float in kinds and math.isfinite(float(value)):
             return float(value)

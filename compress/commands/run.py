@@ -16,7 +16,7 @@ from compress.commands.options import (
     ScreenFlags,
     flat,
 )
-from compress.errors import GateError
+from compress.errors import GateError, Interrupted
 from compress.recipe import Recipe, find, load
 from compress.steps import STEPS
 from compress.steps.types import StepOptions
@@ -75,12 +75,14 @@ def run_recipe(
                 recipe,
                 out,
                 limits,
-                overwrite=place.overwrite,
-                keep_work=place.keep_work,
                 progress=screen.progress,
                 where=where,
-                shard_bytes=place.shard_bytes(),
+                **place.arguments(),
             )
+    except KeyboardInterrupt as stopped:
+        if not str(stopped):
+            raise
+        raise Interrupted(str(stopped)) from None  # Typer would lose what it says
     except GateError as failed:
         if isinstance(failed.result, Result):
             screen.result(failed.result)  # the numbers that the gate looked at

@@ -25,6 +25,9 @@ THRESHOLD = 6.0  # activations beyond it stay in float: bitsandbytes' and transf
 class BnbInt8(Format):
     """Stored and loaded as transformers' `load_in_8bit` checkpoints are."""
 
+    def describes(self, quantization: Mapping[str, Any]) -> bool:
+        return quantization.get("load_in_8bit") is True and not quantization.get("load_in_4bit")
+
     def stored(self, weight: TensorSpec) -> tuple[TensorSpec, ...]:
         module = weight.name.removesuffix(".weight")
         return (
@@ -36,9 +39,13 @@ class BnbInt8(Format):
     def linears(self, header: Header) -> tuple[str, ...]:
         return tuple(name.removesuffix(".SCB") for name in header.tensors if name.endswith(".SCB"))
 
+    def module_bytes(self, weight: TensorSpec) -> int:
+        del weight
+        return 0  # it multiplies the codes themselves
+
     def config(self, header: Header, linears: Sequence[str]) -> dict[str, Any]:
         quantization = {
-            "quant_method": "bitsandbytes",
+            "quant_method": self.method,
             "load_in_8bit": True,
             "load_in_4bit": False,
             "llm_int8_threshold": THRESHOLD,
@@ -53,8 +60,7 @@ class BnbInt8(Format):
         import torch
 
         wide = narrow(f"{module}.weight", rows, torch.float16).float()
-        low, high = torch.aminmax(wide, dim=1)
-        scale = torch.maximum(high, -low)
+        scale = wide.abs().amax(dim=1)
         # the factor first, then the product in float32, as bitsandbytes does: the order decides the last bit of a code
         factor = torch.where(scale == 0, 0.0, 127.0 / scale)
         codes = wide.mul_(factor.unsqueeze(1)).round_().to(torch.int8)
@@ -69,7 +75,7 @@ class BnbInt8(Format):
     def unpack(self, module: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         codes, scale = tensors[f"{module}.weight"], tensors[f"{module}.SCB"]
         # bitsandbytes multiplies by the reciprocal of 127 (int8_vectorwise_dequant)
-        return (codes * scale.view(-1, 1)).mul_(7.874015718698502e-3).to(dtype)
+        return codes.float().mul_(scale.view(-1, 1)).mul_(7.874015718698502e-3).to(dtype)
 
     def module(
         self, linear: nn.Linear, module: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
@@ -99,4 +105,9 @@ class BnbInt8(Format):
         return eight_bit
 
 
-BNB_INT8 = BnbInt8("bnb-int8", "int8 with one float32 scale per output row (bitsandbytes LLM.int8)")
+BNB_INT8 = BnbInt8(
+    "bnb-int8",
+    "int8 with one float32 scale per output row (bitsandbytes LLM.int8)",
+    method="bitsandbytes",
+    scheme="8-bit",
+)

@@ -22,17 +22,28 @@ if TYPE_CHECKING:
     from compress.checkpoint.reader import Reader
 
 FLOATS = ("F16", "BF16", "F32", "F64")
-BLOCK_BYTES = 64 * 2**20  # float32 bytes of the rows that are packed at once
+# float32 bytes of the rows that are packed at once: few enough that every pass over them stays in a core's cache
+BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """One layout on disk. `name` is what a recipe says; `about` completes "decoder linears become ..."."""
+    """One layout on disk. `name` is what a recipe says; `about` completes "decoder linears become ...".
+
+    `method` is the `quant_method` that config.json names ("" for plain floats), `scheme` what of it is read.
+    """
 
     name: str
     about: str
+    method: str = ""
+    scheme: str = ""
 
     # What the stored checkpoint looks like: torch-free.
+
+    def describes(self, quantization: Mapping[str, Any]) -> bool:
+        """Whether a `quantization_config` whose quant_method is `method` means this layout."""
+        del quantization
+        return False
 
     @abstractmethod
     def stored(self, weight: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -54,6 +65,10 @@ class Format(ABC):
         """Full names of the tensors that hold the weight of `module`."""
         return tuple(t.name for t in self.stored(TensorSpec(f"{module}.weight", "F32", (1, 1))))
 
+    def module_bytes(self, weight: TensorSpec) -> int:
+        """Bytes of the module of one linear in float32, beside its stored tensors."""
+        return 4 * weight.parameters
+
     def plan(self, header: Header, linears: Sequence[str]) -> Header:
         """Header of the output when the modules `linears` of a plain checkpoint are stored in this format."""
         packed = {f"{module}.weight" for module in linears}
@@ -70,7 +85,7 @@ class Format(ABC):
         packed = {name: module for module in self.linears(header) for name in self.tensor_names(module)}
         if not packed:
             return dict(header.tensors)
-        implied = family_of(header).shapes(header)
+        implied, dtype = family_of(header).shapes(header), header.dtype
         logical: dict[str, TensorSpec] = {}
         for name, spec in header.tensors.items():
             weight = f"{packed[name]}.weight" if name in packed else name
@@ -81,7 +96,7 @@ class Format(ABC):
                 continue
             if weight not in implied:
                 raise UserError(f"config.json: implies no tensor '{weight}', but the checkpoint holds '{name}'")
-            logical[weight] = TensorSpec(weight, header.dtype, implied[weight])
+            logical[weight] = TensorSpec(weight, dtype, implied[weight])
             for planned in self.stored(logical[weight]):
                 found = header.tensors.get(planned.name)
                 if found is None or found.shape != planned.shape:
@@ -149,14 +164,6 @@ class Format(ABC):
         how: Format = self if stored_so else PLAIN
         tensors = {name: reader.tensor(name) for name in how.tensor_names(module)}
         return how.module(linear, module, tensors | _bias(reader, linear, module), dtype)
-
-    def repack(self, reader: Reader, linear: nn.Linear, module: str, dtype: torch.dtype) -> nn.Module:
-        """The module of P as it will be once it is stored in this format, from a plain checkpoint, in memory."""
-        weight = reader.tensor(f"{module}.weight")
-        tensors = self.pack(module, weight)
-        del weight
-        bias = {name: self.cast(name, value) for name, value in _bias(reader, linear, module).items()}
-        return self.module(linear, module, tensors | bias, dtype)
 
 
 def decoder_linears(header: Header, family: Family) -> tuple[str, ...]:

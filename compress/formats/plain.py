@@ -64,5 +64,5 @@ class Plain(Format):
 
 
 PLAIN = Plain("plain", "what they are")
-BF16 = Plain("bf16", "bfloat16, like every float tensor", "BF16")
-FP16 = Plain("fp16", "float16, like every float tensor", "F16")
+BF16 = Plain("bf16", "bfloat16, like every float tensor", dtype="BF16")
+FP16 = Plain("fp16", "float16, like every float tensor", dtype="F16")

@@ -19,6 +19,8 @@ from compress.machine import Machine, Progress
 if TYPE_CHECKING:
     import torch
 
+    from compress.checkpoint.ledger import Ledger
+
 
 class StepOptions(BaseModel):
     """Base of a step's options: frozen, unknown keys refused. Field descriptions are the command's help."""
@@ -59,7 +61,8 @@ class StepPlan:
     """One step, planned from headers alone: the checkpoint before and after, its cost, and why.
 
     `parameters` counts the model's parameters after the step (quantized or not); `nbytes` all shard files written;
-    `memory` the estimated peak above interpreter and libraries; `notes` are decisions with their reasons.
+    `memory` the estimated peak above interpreter and libraries; `scratch` the disk that its saved states take while it
+    runs; `notes` are decisions with their reasons.
     """
 
     kind: str
@@ -69,6 +72,7 @@ class StepPlan:
     parameters: int
     nbytes: int
     memory: int
+    scratch: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -86,6 +90,9 @@ class Job:
     machine: Machine
     progress: Progress
     shard_bytes: int = SHARD_BYTES
+    name: str = ""  # of the step in its run, as in `1-prune`; "": the target's
+    ledger: Ledger | None = None  # where the step keeps what it has finished; None: it starts over when killed
+    pack: StepPlan | None = None  # a quantize step that follows and is done in the same pass; `target` is its output
 
 
 @dataclass(frozen=True)
@@ -99,3 +106,4 @@ class Outcome:
     probe: torch.Tensor
     logits: torch.Tensor
     measured: dict[str, Any] = field(default_factory=dict)
+    packed: tuple[dict[str, Any], ...] = ()  # the receipt of the quantize step that was done in the same pass

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from compress.arch import Family
+from compress.arch.rope import arranged
 from compress.checkpoint.reader import Reader
 from compress.errors import UserError
+from compress.limits import BATCH_TOKENS, VOCAB_ROWS
 from compress.machine import Progress, Silent, cpu_precision, return_freed_memory
+from compress.stream.arranged import Arranged, stock_view
 from compress.stream.stock import stock_model
-
-BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
-VOCAB_ROWS = 16384  # rows of the output matrix that are in memory at once
 
 # Makes the module that runs for one Linear: (reader, linear on meta, its full name, compute dtype) -> module. The
 # formats have one for every layout on disk; `plain_linear` reads `NAME.weight` as it is.
@@ -59,7 +59,8 @@ def compute_dtype(stored: str) -> tuple[torch.dtype, str]:
 class Stream:
     """The decoder of one checkpoint folder, executed layer by layer in `dtype`.
 
-    `config` replaces the folder's own (a step that changes shapes runs its new layers under the planned config).
+    `config` replaces the folder's own (a step that changes shapes runs its new layers under the planned config, and
+    under the planned family). Layers of a family that stock transformers does not load run in the equal stock classes.
     """
 
     def __init__(
@@ -71,13 +72,30 @@ class Stream:
         linear: LinearLoader = plain_linear,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.reader, self.family, self.dtype, self._linear = reader, family, dtype, linear
-        self.model = stock_model(config or reader.header.config)
+        stock, self._orders = stock_view(family, config or reader.header.config)
+        self.reader = Arranged(reader, f"{family.text}.layers.", self._orders) if self._orders else reader
+        self.family, self.dtype, self._linear = family, dtype, linear
+        self.model = stock_model(stock)
         self.text = self.model.get_submodule(family.text)
         self.layers = len(self._layer_list())
         rotary = self.text.get_submodule("rotary_emb")
         self._rotary = type(rotary)(config=rotary.config)  # its buffers, off the meta device
         self._check_tie()
+        self._rehearse()
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        """One layer on the meta device: a config that stock transformers builds may still be none that it can run."""
+        hidden = torch.zeros(1, 2, self.family.sizes(self.reader.header).hidden)
+        try:
+            cos, sin = self._positions(hidden)
+            positions = cos.to("meta"), sin.to("meta")
+            self._layer_list()[0](
+                hidden.to("meta"), attention_mask=None, position_embeddings=positions, use_cache=False
+            )
+        except Exception as error:  # whatever stock code raises: a split that does not add up, shapes, a type
+            said = " ".join(str(error).split())
+            raise UserError(f"config.json: stock transformers cannot run it: {said}") from error
 
     def _check_tie(self) -> None:
         """Stock transformers does not tie two stored matrices that differ, whatever the config says."""
@@ -133,7 +151,8 @@ class Stream:
     def layer_from(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
         """Decoder layer `index` filled with `tensors` (names inside the layer) instead of the folder's."""
         module = self._layer_list()[index]
-        module.load_state_dict({name: value.to(self.dtype) for name, value in tensors.items()}, assign=True)
+        state = {name: arranged(name, value.to(self.dtype), self._orders) for name, value in tensors.items()}
+        module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
         try:
             yield module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,21 +26,25 @@ def stock_class(config: Mapping[str, Any], where: Path | str = "config.json") ->
     return found
 
 
-def stock_model(config: Mapping[str, Any]) -> nn.Module:
-    """The stock transformers model of a raw config.json, on the meta device, in eval mode, with sdpa attention."""
+def stock_config(config: Mapping[str, Any]) -> Any:
+    """The stock config object of a raw config.json; UserError for what its class refuses."""
     from transformers import AutoConfig
 
+    try:
+        return AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k != "model_type"})
+    except Exception as error:  # strict dataclass validation: one type of its own per version
+        raise UserError(f"config.json: stock transformers refuses it: {_one_line(error)}") from error
+
+
+def stock_model(config: Mapping[str, Any]) -> nn.Module:
+    """The stock transformers model of a raw config.json, on the meta device, in eval mode, with sdpa attention."""
     kind = stock_class(config)
-    raw = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
     with quiet():
-        try:
-            stock_config = AutoConfig.for_model(config["model_type"], **raw)
-        except Exception as error:  # strict dataclass validation: one type of its own per version
-            raise UserError(f"config.json: stock transformers refuses it: {_one_line(error)}") from error
-        stock_config._attn_implementation = "sdpa"
+        found = stock_config({key: value for key, value in config.items() if key != "quantization_config"})
+        found._attn_implementation = "sdpa"
         try:
             with torch.device("meta"):
-                model: nn.Module = kind(stock_config)
+                model: nn.Module = kind(found)
         except Exception as error:  # an activation or rope type that does not exist, and what else a config can say
             raise UserError(f"config.json: stock transformers cannot build it: {_one_line(error)}") from error
     return model.eval()
@@ -61,8 +64,13 @@ def quiet() -> Iterator[None]:
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    begin = tqdm.__init__
+
+    def silent(self: Any, *given: Any, **named: Any) -> None:  # compressed-tensors says disable=False itself
+        begin(self, *given, **{**named, "disable": True})
+
     try:
-        with patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True)):
+        with patch.object(tqdm, "__init__", silent):
             yield
     finally:
         logging.set_verbosity(level)

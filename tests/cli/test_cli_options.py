@@ -133,7 +133,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Recipe, P
     monkeypatch.chdir(tmp_path)
     for folder in ("o", "out/demo"):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "config.json").write_text("{}")
+        (tmp_path / folder / "config.json").write_text('{"model_type": "llama"}')
     return calls
 
 

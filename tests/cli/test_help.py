@@ -15,7 +15,8 @@ from typer.main import get_command
 from compress import cli
 from compress.steps import STEPS
 
-COMMANDS = ["inspect", "plan", "run", "prune", "distill", "quantize", "evaluate"]
+COMMANDS = ["inspect", "plan", "run", "prune", "distill", "quantize", "evaluate", "recipes"]
+PAGES = [*COMMANDS[:-1], *(f"recipes {name}" for name in ("list", "show", "copy", "schema"))]
 ROOT = Path(cli.__file__).parent.parent
 
 
@@ -41,22 +42,25 @@ def test_help_lists_every_command_and_no_command_is_help() -> None:
     said = run("--help").stdout
     assert all(f" {name} " in said for name in COMMANDS)
     assert run().stdout == said
+    assert run("recipes").stdout == run("recipes", "--help").stdout
     assert list(get_command(cli.app).commands) == COMMANDS  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("page", PAGES)
 def test_each_help_ends_with_an_example_that_the_command_takes(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    page: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli.main([name, "--help"]) == 0
+    assert cli.main([*page.split(), "--help"]) == 0
     said = capsys.readouterr().out
     title, example = [line.strip() for line in said.splitlines() if line.strip()][-2:]
     assert title == "Example:"  # so the example is one line, at 80 columns, ready to copy
-    program, command, *arguments = shlex.split(example)
-    assert (program, command) == ("autoglm-compress", name)
-    parser = get_command(cli.app).commands[name]  # type: ignore[attr-defined]
-    parser.make_context(name, arguments)  # raises a usage error for whatever it does not take
+    assert example.startswith(f"autoglm-compress {page}")
+    parser = get_command(cli.app)
+    for name in page.split():
+        parser = parser.commands[name]  # type: ignore[attr-defined]
+    arguments = shlex.split(example)[1 + len(page.split()) :]
+    parser.make_context(page, arguments)  # raises a usage error for whatever it does not take
     assert "--quiet" in said and "--verbose" in said and "--json" in said
 
 

@@ -143,7 +143,9 @@ PRUNE = {
     "ratio and ffn": (["--ratio", "0.2", "--ffn", "0.3"], ["--ffn", "exclude"]),
     "too many kept": (["--keep-ffn", "97"], ["--keep-ffn", "97", "96"]),
     "uneven heads": (["--keep-heads", "5"], ["--keep-heads", "multiple of 2"]),
-    "heads that stock refuses": (["--heads", "0.25"], ["--heads", "6 does not divide 64", "4 and 8"]),
+    "target and share": (["--params", "100K", "--ratio", "0.2"], ["--params", "exclude"]),
+    "target is text": (["--bytes", "9Q"], ["--bytes", "9Q", "11GiB"]),
+    "target out of reach": (["--params", "1K"], ["--params", "cannot be reached"]),
     "heads round to none": (["--heads", "0.05"], ["--heads", "0.2500, 0.5000, 0.7500"]),
     "rounds to nothing": (["--ratio", "0.01"], ["--ratio", "removes nothing"]),
     "leaves nothing": (["--ffn", "0.99"], ["--ffn", "no FFN neurons"]),
@@ -175,11 +177,16 @@ def test_empty_and_short_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str
         refused(capsys, arguments, out, [name, says])
 
 
-def test_glm_heads_are_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny.glm4v(tmp_path / "model")
+def test_heads_that_nothing_loads_are_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    says = ["--heads", "head_dim", "FFN"]
-    refused(capsys, ["prune", str(model), "-o", str(out), "--heads", "0.5", "-q"], out, says)
+    biased = tiny.llama(tmp_path / "biased", attention_bias=True)
+    says = ["--heads", "6 does not divide 64", "4 and 8", "no biases"]
+    refused(capsys, ["prune", str(biased), "-o", str(out), "--heads", "0.25", "-q"], out, says)
+    relative = tiny.glm46v_interleaved(tmp_path / "relative")
+    arguments = ["prune", str(relative), "-o", str(out), "--heads", "0.5", "--flavour", "native", "-q"]
+    refused(capsys, arguments, out, ["--flavour", "portable"])
 
 
 def test_quantized_models_go_no_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,6 +380,10 @@ def test_an_interrupt_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "rename", interrupted)
     assert main([*work, "--overwrite"]) == 130
     assert (out / "measured.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "out.work"]
+    monkeypatch.setattr(os, "rename", real)
+    assert main([*work, "--overwrite"]) == 0  # goes on: nothing is done twice
+    assert (out / "measured.json").read_bytes() != before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 

@@ -1,4 +1,4 @@
-"""Properties of pruning, through the front door, for both families: what was cut is what was masked, no more."""
+"""Properties of pruning, through the front door, for all families: what was cut is what was masked, no more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.arch import Group, family_of
+from compress.arch import FAMILIES, Group, family_of
 from compress.checkpoint.headers import read_header
 from compress.data import DataSpec
 from compress.machine import Machine
@@ -19,11 +19,19 @@ from compress.steps.prune.surgery import columns
 from tests import tiny
 from tests.stock import load, logits
 
-CUTS = {
-    "llama-ffn": ("llama", {"ffn": 0.4}),
-    "llama-heads": ("llama", {"heads": 0.5}),
-    "llama-both": ("llama", {"ratio": 0.4, "heads": 0.5}),
-    "glm4v-ffn": ("glm4v", {"ffn": 0.4}),
+CUTS = {  # name -> pico model, options, the label that stock transformers loads
+    "llama-ffn": ("llama", {"ffn": 0.4}, "llama"),
+    "llama-heads": ("llama", {"heads": 0.5}, "llama"),
+    "llama-both": ("llama", {"ratio": 0.4, "heads": 0.5}, "llama"),
+    "llama-heads-that-do-not-divide": ("llama", {"keep_heads": 6}, "mistral"),
+    "mistral-both": ("mistral", {"keep_heads": 4, "keep_ffn": 41}, "mistral"),
+    "glm4v-ffn": ("glm4v", {"ffn": 0.4}, "glm4v"),
+    "glm4v-heads": ("glm4v", {"keep_heads": 6}, "glm46v"),
+    "glm4v-both": ("glm4v", {"ratio": 0.4, "heads": 0.5}, "glm46v"),
+    "glm46v-ffn": ("glm46v", {"keep_ffn": 77}, "glm46v"),
+    "glm46v-heads": ("glm46v", {"keep_heads": 4}, "glm46v"),
+    "glm46v-interleaved-ffn": ("glm46v_interleaved", {"ffn": 0.4}, "glm46v"),
+    "glm46v-interleaved-both": ("glm46v_interleaved", {"keep_heads": 2, "keep_ffn": 100}, "glm46v"),
 }
 DATA = DataSpec(source="builtin", samples=6, length=64)
 
@@ -65,23 +73,24 @@ def masked_weights(source: Path, out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_cutting_is_masking(cut: str, tmp_path: Path) -> None:
-    family, options = CUTS[cut]
+    family, options, label = CUTS[cut]
     source = getattr(tiny, family)(tmp_path / "source")
     out = prune(source, tmp_path / "out", refit=False, **options)
+    assert read_header(out).config["model_type"] == label
     masked = load(source)
     missing = masked.load_state_dict(masked_weights(source, out), strict=False)
     assert not missing.unexpected_keys
     inputs = [{"input_ids": torch.arange(40)[None]}]
-    if family == "glm4v":
+    if family.startswith("glm"):
         inputs.append(tiny.image_inputs())
-    small = load(out)
+    small, whole = load(out), load(source)
     for given in inputs:
         torch.testing.assert_close(logits(small, given), logits(masked, given), rtol=1e-5, atol=1e-5)
         # the units did something: without them the model is another one
-        assert not torch.allclose(logits(masked, given), logits(load(source), given), rtol=1e-2, atol=1e-2)
+        assert not torch.allclose(logits(masked, given), logits(whole, given), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("family", ["llama", "glm4v"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_all_units_keeps_the_bytes(family: str, tmp_path: Path) -> None:
     source = getattr(tiny, family)(tmp_path / "source", dtype=torch.bfloat16)
     sizes = family_of(read_header(source)).sizes(read_header(source))
@@ -111,9 +120,10 @@ def test_heads_go_equally_from_every_kv_group(tmp_path: Path) -> None:
         assert [int((keep // 4 == group).sum()) for group in range(2)] == [2, 2]
 
 
-def test_vision_passes_through_byte_for_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"ffn": 0.5}, {"keep_heads": 4}, {"keep_heads": 4, "flavour": "native"}])
+def test_vision_passes_through_byte_for_byte(options: dict[str, object], tmp_path: Path) -> None:
     source = tiny.glm4v(tmp_path / "source", dtype=torch.bfloat16)
-    out = prune(source, tmp_path / "out", ffn=0.5)
+    out = prune(source, tmp_path / "out", **options)
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     vision = [name for name in before if name.startswith("model.visual.")]
     assert len(vision) > 10

@@ -37,6 +37,8 @@ MODELS: dict[str, Callable[[Path], Path]] = {
 # the plan warns of few calibration tokens for each of the widest module's columns
 WARNED = {
     "autoglm-phone-9b-ffn",  # 13696 columns; all of builtin's calibration part is about 37,000 tokens
+    "autoglm-phone-9b",
+    "autoglm-phone-7b5",
     "glm4v-tiny-ci",  # random weights: not run for its quality
 }
 
@@ -109,6 +111,31 @@ def test_autoglm_phone_9b_has_the_parameters_and_bytes_that_arithmetic_gives(
     assert quantize["bytes"] == pytest.approx(11.11e9, rel=1e-3)
     made = make_plan(load(ROOT / "recipes" / "autoglm-phone-9b-ffn.yaml", [f"model={model}"]), Machine(1))
     assert made.steps[-1].after.nbytes == data
+
+
+@pytest.mark.parametrize(("name", "heads", "ffn"), [("autoglm-phone-9b", 28, 11264), ("autoglm-phone-7b5", 28, 8192)])
+def test_autoglm_phone_recipes_with_fewer_heads_say_what_they_give(
+    name: str, heads: int, ffn: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    prune, quantize = planned(recipe, sparse.glm41v_9b(tmp_path / "model"), capsys)["steps"]
+    assert (prune["ffn"], prune["heads"]) == ([13696, ffn], [32, heads])
+    gone = 40 * (3 * 4096 * (13696 - ffn) + (32 - heads) * 128 * (2 * 4096 + 1))  # rows of q, their bias, columns of o
+    left = sparse.GLM41V_9B_PARAMETERS - gone
+    assert prune["parameters"] == quantize["parameters"] == left
+    text = recipe.read_text(encoding="utf-8")
+    assert f"{left / 1e9:.3f} B" in text.splitlines()[0]
+    assert f"become {left:,}: {prune['bytes'] / 1e9:.2f} GB in bf16, {quantize['bytes'] / 1e9:.2f} GB in INT8" in text
+    assert any(note.startswith("written as glm46v") for note in prune["notes"])
+    if name == "autoglm-phone-7b5":
+        assert "35.22% of the decoder layers' matrix parameters go" in prune["notes"]
+    # the text that the comment asks for is enough for the refit, and what it says of memory and disk is the estimate
+    ample = ["data.calibration.samples=128", "data.calibration.length=512"]
+    made = make_plan(load(recipe, [f"model={tmp_path / 'model'}", *ample]), Machine(1, memory=2**40), out=tmp_path)
+    assert any("4.8 calibration tokens per column" in note for note in made.steps[0].notes)
+    assert made.memory is not None and made.disk is not None
+    assert f"{made.memory / 2**30:.1f} GiB of memory" in text
+    assert f"{-(-made.disk // 10**9)} GB of free disk" in text
 
 
 def test_planning_ten_billion_parameters_takes_under_three_seconds(tmp_path: Path) -> None:

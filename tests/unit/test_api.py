@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NotRequired, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging as hf
 
 import compress
-from compress.api import InspectedGroup
+from compress import signatures
 from compress.cli import main
 from compress.data import DataSpec
 from compress.errors import GateError, UserError
@@ -113,7 +113,7 @@ def test_inspect_gives_what_its_type_says(source: Path) -> None:
     found = compress.inspect(source)
     assert found == compress.inspect(str(source))
     assert found.keys() == get_type_hints(compress.Inspection).keys()
-    assert all(group.keys() == get_type_hints(InspectedGroup).keys() for group in found["groups"])
+    assert all(group.keys() == get_type_hints(signatures.InspectedGroup).keys() for group in found["groups"])
     assert found["groups"][0]["step"] == 3
 
 
@@ -134,6 +134,7 @@ def test_data_is_text_a_path_a_mapping_or_a_spec(
         ({"rato": 0.2}, "prune: rato: unknown key; did you mean 'ratio'?"),
         ({"ratio": 2.0}, "prune: ratio: found 2.0, allowed: a number above 0 and below 1"),
         ({"ratio": 0.2, "seed": -1}, "prune: seed: found -1, allowed: a whole number at least 0 and below 4294967296"),
+        ({"ratio": 0.2, "overwite": True}, "prune: overwite: unknown key; did you mean 'overwrite'?"),
         ({"ratio": 0.2, "data": {"sample": 3}}, "data: sample: unknown key; did you mean 'samples'?"),
         ({"ratio": 0.2, "data": "nowhere.txt"}, "data.calibration: nowhere.txt: no such data file"),
         ({"keep_heads": 5}, "steps.0.prune.keep_heads: 5 heads cannot stay: the model has 9, and "),
@@ -144,6 +145,49 @@ def test_what_is_wrong_is_one_user_error(keywords: dict[str, Any], message: str,
         compress.prune(source, tmp_path / "out", machine=ONE, **keywords)
     assert raised.value.message.startswith(message) and raised.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize_takes_no_data_and_run_no_seed(source: Path, tmp_path: Path) -> None:
+    given: Any = {"data": "builtin"}
+    with pytest.raises(UserError, match="quantize: data: unknown key; allowed: format, machine, overwrite"):
+        compress.quantize(source, tmp_path / "out", format="bf16", **given)
+    given = {"seed": 1}
+    with pytest.raises(UserError, match="run: seed: unknown key; allowed: machine, overwrite"):
+        compress.run("demo", tmp_path / "out", **given)
+    with pytest.raises(UserError, match="quantize: format: missing; allowed: bf16, "):
+        compress.quantize(source, tmp_path / "out")  # type: ignore[call-arg]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_keywords_of_a_run_are_those_that_the_work_takes() -> None:
+    """`signatures` lists them for type checkers, and their defaults for `help`, without importing torch."""
+    from compress.run import run as work
+
+    taken = {n: p for n, p in inspect.signature(work).parameters.items() if p.kind is p.KEYWORD_ONLY and n != "where"}
+    taken["machine"] = inspect.signature(compress.evaluate).parameters["machine"]  # here it may be left out
+    assert get_type_hints(signatures.RunKeywords).keys() == taken.keys()
+    assert {name: parameter.default for name, parameter in taken.items()} | {"seed": 0} == signatures.DEFAULTS
+    types = get_type_hints(work) | {"machine": compress.Machine | None}
+    assert get_type_hints(signatures.RunKeywords) == {name: types[name] for name in taken}
+
+
+def test_shards_are_as_large_as_the_command_makes_them(source: Path, tmp_path: Path) -> None:
+    result = compress.quantize(source, tmp_path / "a", format="bf16", machine=ONE, shard_bytes=100_000)
+    assert result.receipt["shard_bytes"] == 100_000 and len(list(result.out.glob("*.safetensors"))) > 2
+    arguments = ["quantize", str(source), "-o", str(tmp_path / "b"), "--format", "bf16", "--shard-size", "100kB"]
+    assert main([*arguments, "--threads", "1", "-q"]) == 0
+    same(result.out, tmp_path / "b")
+
+
+def test_a_receipt_has_the_keys_of_its_type(source: Path, pruned: Path, tmp_path: Path) -> None:
+    alone = compress.load_receipt(pruned)
+    types = get_type_hints(compress.Receipt, include_extras=True)
+    assert alone.keys() == {key for key, kind in types.items() if get_origin(kind) is not NotRequired}
+    assert alone["model"].keys() == get_type_hints(signatures.ReceiptSource).keys()
+    taught = compress.distill(pruned, tmp_path / "a", teacher=source, data=DATA, max_steps=1, machine=ONE)
+    assert compress.load_receipt(taught.out).keys() == {*alone, "teacher"} <= types.keys()
+    assert compress.load_receipt(taught.out) == taught.receipt
+    assert alone["autoglm_compress"] == compress.__version__
 
 
 def test_a_folder_that_is_no_result_has_no_receipt(source: Path, pruned: Path) -> None:
@@ -163,6 +207,7 @@ compress.inspect(source)
 compress.prune(source, out + "/a", ratio=0.3, data=data, **keywords)
 compress.distill(out + "/a", out + "/b", teacher=source, data=data, max_steps=1, **keywords)
 compress.quantize(out + "/b", out + "/c", format="int8", **keywords)
+compress.quantize(out + "/b", out + "/d", format="w8a16", **keywords)
 compress.evaluate(out + "/c", reference=source, data=data, **keywords)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -120,8 +120,9 @@ def test_documents_are_joined_with_eos(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", b"text", "expected builtin or a .txt or .jsonl file"),
-        ("builtn", b"", "did you mean 'builtin'"),
+        ("a.csv", b"text", "data source 'a.csv': expected builtin, self, hub:NAME"),
+        ("builtn", None, "data source 'builtn': no such folder; expected builtin, self, "),
+        ("builtn", None, "; did you mean 'builtin'?"),
         ("gone.txt", None, "no such data file"),
         ("a.txt", b"", "empty"),
         ("a.txt", b" \n\n ", "empty"),
@@ -130,9 +131,13 @@ def test_documents_are_joined_with_eos(folder: Path, tmp_path: Path) -> None:
         (
             "a.jsonl",
             b'{"text": "x"}\n{"txt": "y"}\n',
-            "line 2: expected an object with a string field 'text', found keys",
+            "line 2: expected an object with a string field 'text' or a list 'messages', found keys 'txt'",
         ),
-        ("a.jsonl", b'{"text": "x"}\n\n["y"]\n', "line 3: expected an object with a string field 'text', found list"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n\n["y"]\n',
+            "line 3: expected an object with a string field 'text' or a list 'messages', found list",
+        ),
         ("a.jsonl", b'{"text": 3}\n', "line 1: expected an object"),
         ("a.jsonl", b'{"text": "x"\n', "line 1: not JSON"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: 'text' holds half of a surrogate pair"),

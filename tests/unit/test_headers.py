@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from compress.arch import family_of
-from compress.checkpoint.headers import INDEX, SINGLE, Header, read_header
+from compress.checkpoint.headers import INDEX, SINGLE, Header, read_header, read_shard_header
 from compress.errors import UserError
 
 
@@ -36,7 +39,8 @@ def sharded(folder: Path, weight_map: Any = None) -> Path:
     (folder / "one.safetensors").write_bytes(safetensors({"a": entry(0, 8)}, bytes(8)))
     (folder / "two.safetensors").write_bytes(safetensors({"b": entry(0, 8)}, bytes(8)))
     both = {"a": "one.safetensors", "b": "two.safetensors"}
-    (folder / INDEX).write_text(json.dumps({"weight_map": both if weight_map is None else weight_map}))
+    index = {"metadata": {}, "weight_map": both if weight_map is None else weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
     return folder
 
 
@@ -106,15 +110,38 @@ def test_trailing_bytes(tmp_path: Path) -> None:
     assert complaint(tmp_path).startswith(f"{shard}: trailing bytes")
 
 
-@pytest.mark.parametrize("name", ["../two.safetensors", "/etc/passwd", "..", ".", "", "sub/two.safetensors", "t\0wo"])
+@pytest.mark.parametrize(
+    "name", ["../two.safetensors", "/etc/passwd", "..", ".", "", "sub/two.safetensors", "t\0wo", "two\n", "./two"]
+)
 def test_index_naming_a_path_outside(tmp_path: Path, name: str) -> None:
     sharded(tmp_path, {"a": "one.safetensors", "b": name})
     assert f"{name!r}, which is outside the folder" in complaint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "pytorch_model.bin"])
+def test_index_naming_a_file_of_another_kind(tmp_path: Path, name: str) -> None:
+    sharded(tmp_path, {"a": "one.safetensors", "b": name})
+    (tmp_path / name).write_text('{"version": "1.0", "truncation": null}')
+    assert complaint(tmp_path).startswith(f"{tmp_path / name}: truncated or not safetensors")
+
+
 @pytest.mark.parametrize("weight_map", [{}, [], "x", {"a": 1}, {"a": None}])
 def test_index_without_a_map(tmp_path: Path, weight_map: Any) -> None:
     assert "'weight_map'" in complaint(sharded(tmp_path, weight_map))
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x"])
+def test_index_without_metadata(tmp_path: Path, metadata: Any) -> None:
+    """Stock transformers reads the key and would end with a KeyError."""
+    index = sharded(tmp_path) / INDEX
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": metadata}))
+    assert "'metadata' is missing or not a map" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", "[" * 100_000, '{"weight_map": ' + "9" * 5000 + "}"])
+def test_broken_index(tmp_path: Path, text: str) -> None:
+    (sharded(tmp_path) / INDEX).write_bytes(text.encode("latin-1"))
+    assert complaint(tmp_path).startswith(str(tmp_path / INDEX))
 
 
 def test_index_that_contradicts_the_shards(tmp_path: Path) -> None:
@@ -142,16 +169,21 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "nbytes"),
+    ("entries", "nbytes", "words"),
     [
-        ({"a": entry(0, 8), "b": entry(4, 12)}, 12),  # overlap
-        ({"a": entry(0, 8), "b": entry(12, 20)}, 20),  # gap
-        ({"a": entry(4, 12)}, 12),  # gap at the start
-        ({"a": entry(0, 8), "b": entry(0, 8)}, 8),  # two names for the same bytes
+        ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "tensor 'b' overlaps tensor 'a'"),
+        ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "tensor 'b' overlaps tensor 'a'"),  # two names for the same bytes
+        ({"a": entry(0, 16), "b": entry(4, 8)}, 16, "tensor 'b' overlaps tensor 'a'"),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "4 bytes between tensor 'a' and tensor 'b' belong to nothing"),
+        ({"a": entry(4, 12)}, 12, "4 bytes between the header and tensor 'a' belong to nothing"),
+        ({"a": entry(0, 8), "b": entry(2**62, 2**62 + 8)}, 16, "between tensor 'a' and tensor 'b' belong to nothing"),
+        ({"a": entry(0, 8), "b": entry(8, 16)}, 12, "truncated"),
+        ({}, 8, "trailing bytes"),
+        ({"a": entry(0, 8), "z": entry(4, 4, [0])}, 8, "tensor 'z' overlaps tensor 'a'"),
     ],
 )
-def test_overlaps_and_gaps(tmp_path: Path, entries: dict[str, Any], nbytes: int) -> None:
-    assert "does not start where the one before it ends" in complaint(single(tmp_path, entries, nbytes))
+def test_overlaps_and_gaps(tmp_path: Path, entries: dict[str, Any], nbytes: int, words: str) -> None:
+    assert words in complaint(single(tmp_path, entries, nbytes))
 
 
 @pytest.mark.parametrize(
@@ -163,27 +195,100 @@ def test_overlaps_and_gaps(tmp_path: Path, entries: dict[str, Any], nbytes: int)
         (entry(0, 8, [2.0]), "whole numbers"),  # type: ignore[list-item]
         (entry(0, 8, [True, 2]), "whole numbers"),
         (entry(0, 8, ["2"]), "whole numbers"),  # type: ignore[list-item]
+        (entry(0, 8, [10**30]), "whole numbers"),
+        (entry(0, 8, [2**40, 2**40, 0]), "absurd shape"),
         (entry(0, 8, [3]), "needs 12 bytes, has 8"),
-        (entry(0, 8, [10**30]), "has 8"),
         ({**entry(0, 8), "data_offsets": [8, 0]}, "has -8"),
         (entry(0, 8, [2], "Q3"), "unknown dtype 'Q3'"),
-        ({**entry(0, 8), "dtype": ["F32"]}, "broken safetensors header"),
-        ({**entry(0, 8), "data_offsets": [0]}, "broken safetensors header"),
-        ({**entry(0, 8), "shape": 2}, "broken safetensors header"),
-        ({"dtype": "F32", "shape": [2]}, "broken safetensors header"),
-        ([], "broken safetensors header"),
-        (None, "broken safetensors header"),
+        (entry(0, 8, [2], "f32"), "unknown dtype 'f32'"),
+        ({**entry(0, 8), "dtype": ["F32"]}, "unknown dtype ['F32']"),
+        ({**entry(0, 8), "data_offsets": [0]}, "list of sizes and two offsets"),
+        ({**entry(0, 8), "data_offsets": [0, 8, 8]}, "list of sizes and two offsets"),
+        ({**entry(0, 8), "data_offsets": "08"}, "list of sizes and two offsets"),
+        ({**entry(0, 8), "shape": 2}, "list of sizes and two offsets"),
+        ({**entry(0, 4), "shape": ""}, "list of sizes and two offsets"),
+        ({**entry(0, 4), "shape": {}}, "list of sizes and two offsets"),
+        ({"dtype": "F32", "shape": [2]}, "must have dtype, shape and data_offsets, and nothing else"),
+        ({**entry(0, 8), "stride": 1}, "must have dtype, shape and data_offsets, and nothing else"),
+        ([], "must have dtype"),
+        (None, "must have dtype"),
+        ("F32", "must have dtype"),
     ],
 )
 def test_wrong_entries(tmp_path: Path, value: Any, words: str) -> None:
     assert words in complaint(single(tmp_path, {"a": value}, 8))
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\0", "\x1b[31m"])
+def test_names_of_two_lines(tmp_path: Path, name: str) -> None:
+    assert f"tensor {name!r} has a name that cannot be printed" in complaint(single(tmp_path, {name: entry(0, 8)}, 8))
+
+
+GOOD = json.dumps(entry(0, 8)).encode()
+
+
 @pytest.mark.parametrize(
-    "head", [b"", b"garbage!", b"[1, 2]", b"\xff\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+    ("head", "words"),
+    [
+        (b"", "Expecting value"),
+        (b"garbage!", "Expecting value"),
+        (b"[1, 2]", "not a JSON object"),
+        (b"\xff\xff", "can't decode byte 0xff"),
+        (b'{"a": ' + GOOD + b"}\0", "Extra data"),
+        (json.dumps({"a": entry(0, 8)}).encode("utf-16"), "can't decode byte 0xff"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"a": ' * 100_000, "recursion"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b'{"a": ' + GOOD + b', "a": ' + GOOD + b"}", "'a' stands in it twice"),
+        (GOOD.replace(b"{", b'{"a": {"dtype": "F32", ') + b"}", "'dtype' stands in it twice"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"\\ud800": ' + GOOD + b"}", "surrogates not allowed"),
+        (b'{"__metadata__": {"\\udfff": "x"}}', "surrogates not allowed"),
+        (b'{"__metadata__": {"x": 1}}', "__metadata__ is no map"),
+        (b'{"__metadata__": [1]}', "__metadata__ is no map"),
+        (b'{"__metadata__": "x"}', "__metadata__ is no map"),
+    ],
 )
-def test_garbage_header(tmp_path: Path, head: bytes) -> None:
-    assert "broken safetensors header" in complaint(single(tmp_path, head, 8))
+def test_garbage_header(tmp_path: Path, head: bytes, words: str) -> None:
+    found = complaint(single(tmp_path, head, 8))
+    assert "broken safetensors header" in found and words in found
+
+
+def test_minus_nothing_is_no_size(tmp_path: Path) -> None:
+    assert "whole numbers" in complaint(single(tmp_path, b'{"a": ' + GOOD.replace(b"[0, 8]", b"[-0, 8]") + b"}", 8))
+
+
+def test_what_is_read_the_safetensors_library_reads_the_same(tmp_path: Path) -> None:
+    """Bytes of a header flipped, dropped and doubled: whatever passes, passes there too, with equal tensors."""
+    dice = random.Random(0)
+    whole = single(tmp_path, {"__metadata__": {"k": "v"}, "a.b": entry(0, 8), "c": entry(8, 20, [1, 3])}, 0)
+    file = whole / SINGLE
+    raw, passed = file.read_bytes()[8:], 0
+    for _ in range(1000):
+        head = bytearray(raw)
+        for _ in range(dice.choice([1, 1, 2])):
+            at = dice.randrange(len(head))
+            head[at : at + dice.choice([0, 1, 1, 1, 3])] = bytes(
+                [dice.choice([dice.randrange(256), *b'0123456789"{}[],:'])]
+            )
+        file.write_bytes(safetensors(bytes(head), bytes(20)))
+        try:
+            found = {spec.name: (spec.dtype, spec.shape) for spec, _ in read_shard_header(file)}
+        except UserError as error:
+            assert "\n" not in error.message
+            continue
+        passed += 1
+        with safe_open(file, "numpy") as judge:
+            slices = {name: judge.get_slice(name) for name in judge.keys()}  # noqa: SIM118
+            assert found == {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    assert passed > 25
+
+
+def test_weights_that_are_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / SINGLE)
+    assert complaint(tmp_path) == f"{tmp_path / SINGLE}: not a file"
 
 
 def test_header_length_beyond_the_file(tmp_path: Path) -> None:

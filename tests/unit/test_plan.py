@@ -158,7 +158,7 @@ def test_each_step_is_planned_on_what_the_one_before_leaves(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("", "steps.0.prune: nothing to prune: give ratio, ffn, heads, keep_ffn or keep_heads"),
+        ("", "steps.0.prune: nothing to prune: give ratio, ffn, heads, keep_ffn, keep_heads, params or bytes"),
         (
             "ratio: 0.2, keep_ffn: 8",
             "steps.0.prune.keep_ffn: 'keep_ffn' (what stays) and 'ratio' (share removed) exclude each other",
@@ -184,14 +184,28 @@ def test_a_lone_command_names_its_flags(tmp_path: Path) -> None:
     assert said.startswith("--keep-ffn: 2000 neurons cannot stay")
 
 
-def test_head_counts_that_stock_transformers_does_not_load_are_refused(tmp_path: Path) -> None:
-    (said,) = refusal(sparse.glm41v_9b(tmp_path / "glm"), "prune: {keep_heads: 28}")
-    assert "steps.0.prune.keep_heads: stock transformers' glm4v derives head_dim" in said
+def test_head_counts_that_stock_transformers_does_not_load_get_the_label_that_it_does(tmp_path: Path) -> None:
+    step = pruned(sparse.glm41v_9b(tmp_path / "glm"), "keep_heads: 28")
+    config = step.after.config
+    assert (config["model_type"], config["architectures"]) == ("glm46v", ["Glm46VForConditionalGeneration"])
+    text = config["text_config"]
+    sizes = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "model_type")
+    assert [text[key] for key in sizes] == [28, 2, 128, True, "glm_image_text"]
+    reason = "stock transformers' glm4v derives head_dim as hidden_size // heads and would not load 28 heads of 128"
+    said = " ".join(step.notes)
+    assert f"written as glm46v, because {reason}" in said and "from interleaved to half-split" in said
+    assert "loaded by stock transformers (Glm46VForConditionalGeneration) and vLLM" in said
     ten = sparse.llama(tmp_path / "ten", hidden_size=640, num_attention_heads=10, num_key_value_heads=1)
-    (said,) = refusal(ten, "prune: {heads: 0.1}")
-    assert "steps.0.prune.heads: stock transformers loads a llama only if its heads divide hidden_size: 9 does" in said
-    assert said.endswith("; 8 and 10 do")
-    assert pruned(ten, "heads: 0.2").keep["heads"] == 8
+    step = pruned(ten, "heads: 0.1")
+    config = step.after.config
+    assert (config["model_type"], config["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert (config["sliding_window"], config["head_dim"], config["num_attention_heads"]) == (None, 64, 9)
+    (said,) = [note for note in step.notes if note.startswith("written as")]
+    assert said.startswith("written as mistral, because stock transformers loads a llama only if its heads divide hidd")
+    assert "9 does not divide 640; 8 and 10 do; mistral is the same block" in said
+    eight = pruned(ten, "heads: 0.2")
+    assert eight.after.config["model_type"] == "llama" and eight.keep["heads"] == 8
+    assert not [note for note in eight.notes if note.startswith("written as")]
 
 
 def test_every_complaint_comes_at_once(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from compress.errors import SelfCheckError, UserError
 from compress.formats import FORMATS, format, format_of
 from compress.machine import Machine, Silent
 from compress.steps.quantize.options import QuantizeOptions
-from compress.steps.quantize.plan import plan
+from compress.steps.quantize.plan import PROBE, plan
 from compress.steps.quantize.run import run
 from compress.steps.types import Job, Outcome, PlanContext, StepPlan
 from compress.stream.forward import Stream
@@ -183,7 +183,7 @@ def test_same_bytes_again_in_blocks_and_from_shards(
 def test_another_seed_probes_other_ids(sources: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     _, one = quantize(sources["llama", "BF16"], tmp_path / "one", "w8a16", seed=1)
     _, two = quantize(sources["llama", "BF16"], tmp_path / "two", "w8a16", seed=2)
-    assert one.probe.shape == (2, 64) and int(one.probe.max()) < tiny.VOCAB // 2
+    assert one.probe.shape == PROBE and int(one.probe.max()) < tiny.VOCAB // 2
     assert not torch.equal(one.probe, two.probe)
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
@@ -326,7 +326,7 @@ def test_ten_billion_parameters_are_planned_from_shapes() -> None:
     tensors = header.nbytes - linears + 4 * rows + 240
     assert made.after.nbytes == tensors
     assert tensors < made.nbytes < tensors + 2**18
-    assert 1e9 < made.memory < 4e9
+    assert 2 * max(t.nbytes for t in header.tensors.values() if ".layers." in t.name) < made.memory < 2.5 * 2**30
 
 
 def test_rows_out_of_turn_are_refused(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_result_is_a_row_a_stage(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)  # test processes side by side have one, of 80
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4v", "vision_config": {}}))
     Screen().result(FakeResult(tmp_path))  # type: ignore[arg-type]
     head, dense, prune, *rest = capsys.readouterr().out.splitlines()
     assert head.split() == ["stage", "perplexity", "ratio", "KL", "top-1", "parameters", "bytes", "time", "of", "dense"]
@@ -123,7 +123,7 @@ def test_a_result_is_a_row_a_stage(
 def test_a_table_that_does_not_fit_is_printed_line_by_line(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setenv("COLUMNS", "50")
     Screen().result(FakeResult(tmp_path))  # type: ignore[arg-type]
     lines = capsys.readouterr().out.splitlines()

@@ -12,6 +12,7 @@ from compress.steps.distill.options import DistillOptions
 from compress.steps.types import Complain, PlanContext, StepPlan
 
 CHECKPOINTING = 4 * 2**30  # bytes of saved activations from which layers are computed twice instead
+PORTABLE = "prune with flavour portable"
 TILES = 64 * 2**20  # a loss works in tiles of a few MiB (losses/forward_kl.py), several at a time
 
 
@@ -27,6 +28,8 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
     if is_quantized(before):
         refuse("", "the model is already quantized; distil before quantizing")
         return None
+    if family_of(before).stock is not None:
+        refuse("", "stock transformers, which trains it, does not load the flavour native", hint=PORTABLE)
     _check_teacher(before, context, refuse)
     if complaints or context.teacher is None:
         return None
@@ -46,6 +49,7 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
         parameters=PLAIN.parameters(before, family),
         nbytes=files_bytes(before.tensors.values(), context.shard_bytes),
         memory=memory(before, context.teacher, family, options.batch * length),
+        scratch=checkpoints(before, family),
         notes=tuple(notes),
     )
 
@@ -96,6 +100,13 @@ def memory(before: Header, teacher: Header, family: Family, tokens: int) -> int:
     return each * learning + 4 * frozen + 2 * embedding + teaching + kept + TILES
 
 
+def checkpoints(before: Header, family: Family) -> int:
+    """Bytes of the Trainer's checkpoint, and of the next before the first goes: all weights in float32, and AdamW's
+    two moments of what is trained."""
+    learning = sum(before.tensors[name].parameters for name in trained(before, family))
+    return 2 * 4 * (sum(spec.parameters for spec in before.tensors.values()) + 2 * learning)
+
+
 def teacher_dtype(teacher: Header, precision: Precision) -> str:
     """The teacher is held in bf16 when it is stored and multiplied so, else in float32."""
     return "BF16" if precision.native and teacher.dtype == "BF16" else "F32"
@@ -116,10 +127,13 @@ def _check_teacher(before: Header, context: PlanContext, refuse: Complain) -> No
         refuse("", "the teacher is quantized", hint="name the original checkpoint as teacher")
         return
     try:
-        theirs = family_of(teacher).sizes(teacher).vocab
+        family = family_of(teacher)
+        theirs = family.sizes(teacher).vocab
     except UserError as error:
         refuse("", f"the teacher's {error.message}", error.hint)
         return
+    if family.stock is not None:
+        refuse("", "stock transformers does not load a teacher of the flavour native", hint=PORTABLE)
     ours = family_of(before).sizes(before).vocab
     if theirs != ours:
         refuse("", f"the teacher has another vocabulary: {theirs} tokens, the model has {ours}")

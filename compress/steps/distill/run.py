@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +29,7 @@ from compress.losses import LOSSES
 from compress.machine import Precision, cpu_precision
 from compress.steps.distill.options import DistillOptions
 from compress.steps.distill.plan import checkpointing, teacher_dtype, trained
+from compress.steps.distill.saved import last
 from compress.steps.distill.trainer import Decoder, Distiller
 from compress.steps.types import Job, Outcome
 from compress.stream.stock import quiet, stock_class
@@ -46,7 +49,7 @@ def run(job: Job) -> Outcome:
     options = cast(DistillOptions, job.plan.options)
     precision = cpu_precision()
     job.progress.note(f"distill: {precision.reason}")
-    tokens = windows(job.data["training"], "training", job.source, job.seed)
+    tokens = windows(job.data["training"], "training", job.source, job.seed, model=job.teacher, progress=job.progress)
     compare_tokenizers(job.source, job.teacher, job.data["training"], tokens, job.seed)
     order = training_order(tokens.ids, options, job.seed)
     teacher_header = read_header(job.teacher)
@@ -69,7 +72,7 @@ def run(job: Job) -> Outcome:
         "paper": LOSSES[options.loss].paper,
         "steps": len(losses),
         "tokens": order.size,
-        "data": {"digest": tokens.digest, "note": tokens.note},
+        "data": {**tokens.record, "note": tokens.note},
         "precision": precision.reason,
         "teacher_dtype": str(dtype).removeprefix("torch."),
         "losses": [float(f"{value:.6g}") for value in losses],
@@ -139,7 +142,7 @@ def _train(
     sizes = job.family.sizes(job.plan.before)
     twice = checkpointing(sizes, options.batch * order.shape[1])
     steps = len(order) // options.batch
-    with tempfile.TemporaryDirectory() as scratch, job.progress.task("distilling", steps) as task, quiet():
+    with _scratch(job) as scratch, job.progress.task("distilling", steps) as task, quiet():
         trainer = Distiller(
             student,
             teacher,
@@ -149,14 +152,33 @@ def _train(
             seed=job.seed,
             autocast=precision.native,
             checkpointing=twice,
-            scratch=Path(scratch),
+            scratch=scratch,
             progress=job.progress,
             task=task,
+            ledger=job.ledger,
         )
-        trainer.train()
+        earlier = None if job.ledger is None else last(job.ledger)
+        if earlier is None:
+            trainer.train()
+        else:
+            folder, trainer.losses = earlier
+            job.progress.note(f"going on from step {len(trainer.losses)} of {steps}, where an earlier run ended")
+            task.advance(len(trainer.losses))
+            trainer.train(resume_from_checkpoint=str(folder))
     student.model.zero_grad(set_to_none=True)
     student.model.eval()
     return trainer.losses
+
+
+@contextmanager
+def _scratch(job: Job) -> Iterator[Path]:
+    """Where the Trainer may write: kept with the ledger, else removed."""
+    if job.ledger is not None:
+        job.ledger.training.mkdir(exist_ok=True)
+        yield job.ledger.training
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def _write(job: Job, model: nn.Module) -> None:

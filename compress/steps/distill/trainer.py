@@ -1,7 +1,7 @@
-"""transformers' Trainer with the teacher's distribution as the target, quiet and without files of its own.
+"""transformers' Trainer with the teacher's distribution as the target, quiet.
 
 Windows come in the order they are given, batches are whole, AdamW's learning rate warms up and follows a cosine.
-The Trainer writes no checkpoint, no log and no pickle; each step's loss is kept in `losses`.
+It writes no log, and checkpoints only for a run that may be killed (saved.py); each step's loss is kept in `losses`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from compress.checkpoint.ledger import Ledger
 from compress.errors import UserError
 from compress.losses import LossFunction
 from compress.machine import Progress, Task
 from compress.steps.distill.options import DistillOptions
+from compress.steps.distill.saved import Saving
 
 NOTES = 5  # lines with the loss in one run
 
@@ -62,6 +64,7 @@ class Distiller(Trainer):
         scratch: Path,
         progress: Progress,
         task: Task,
+        ledger: Ledger | None = None,
     ) -> None:
         steps = len(windows) // options.batch
         arguments = TrainingArguments(
@@ -94,6 +97,8 @@ class Distiller(Trainer):
             callbacks=[_Tell(self, steps, progress, task)],
         )
         self.remove_callback(PrinterCallback)  # disable_tqdm brings it; it prints to stdout
+        if ledger is not None:
+            self.add_callback(Saving(self, ledger))
         self.losses: list[float] = []
         self._rate = scheduler.get_last_lr
         self._student, self._teacher, self._loss = student, teacher, loss

@@ -47,7 +47,7 @@ class Evaluator:
         progress: Progress | None = None,
     ) -> None:
         self.progress = progress or Silent()
-        self.tokens = windows(data, "evaluation", tokenizer, seed)
+        self.tokens = windows(data, "evaluation", tokenizer, seed, progress=self.progress)
         self.ids = torch.from_numpy(self.tokens.ids)
         self.reference_folder = reference
         self.reference: _Model | None = None

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+import re
+from fractions import Fraction
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from compress.arch import FLAVOURS
 from compress.criteria import CRITERIA
 from compress.steps.types import StepOptions, one_of
+
+NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+SIZES = {"": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "I")}
+
+
+def _target(units: dict[str, int], spelled: str, example: str) -> tuple[BeforeValidator, WithJsonSchema]:
+    """Annotations of an option that takes a whole number above 0, or text such as `example` (`spelled`: its unit, as a
+    pattern). Text is read exactly, not through a float."""
+    pattern = rf"^\s*{NUMBER}\s*({spelled})\s*$"
+
+    def read(found: Any) -> Any:
+        if found is None:
+            return None
+        value = None
+        if isinstance(found, str):
+            if parts := re.fullmatch(pattern, found):
+                value = int(Fraction(parts[1] + (parts[2] or "")) * units[parts[3].upper()])
+        elif isinstance(found, int) and not isinstance(found, bool):
+            value = found
+        elif isinstance(found, float) and math.isfinite(found):
+            value = int(found)
+        if value is None or value <= 0:
+            raise ValueError(f"found {found!r}, allowed: a whole number above 0, or text such as {example}")
+        return value
+
+    kinds: list[dict[str, Any]] = [
+        {"type": "integer", "exclusiveMinimum": 0},
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": pattern},
+        {"type": "null"},
+    ]
+    return BeforeValidator(read), WithJsonSchema({"anyOf": kinds})
+
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
@@ -27,6 +65,19 @@ class PruneOptions(StepOptions):
     )
     keep_ffn: Count | None = Field(None, description="FFN neurons to keep in every layer, exactly.")
     keep_heads: Count | None = Field(None, description="Query heads to keep in every layer, exactly.")
+    params: Annotated[int | None, *_target(COUNTS, "[kKmMbBtT]?", "9B, 8.93B, 900M or 9.0e9")] = Field(
+        None,
+        description="Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or "
+        "keep_heads leave.",
+    )
+    bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "17.9GB or 11GiB")] = Field(
+        None, description="Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."
+    )
+    flavour: Annotated[str, *one_of("flavour", FLAVOURS)] = Field(
+        "portable",
+        description="What a glm4v with fewer heads becomes: portable (glm46v, for stock transformers and vLLM) or "
+        "native (glm4v, for vLLM alone).",
+    )
     criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
         "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
     )

@@ -1,6 +1,7 @@
 """The prune step: one decoder layer at a time is measured, ranked, cut, refitted, written, and fed onwards.
 
 Statistics come from the layers already pruned (sequential), so each refit sees the inputs its layer will really get.
+A quantize step that follows can be done in the same pass: layers are then written in its format.
 """
 
 from __future__ import annotations
@@ -8,19 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
-from compress.arch import Group
+from compress.arch import family_of
+from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
-from compress.criteria import CRITERIA, Criterion, Ranking
+from compress.criteria import CRITERIA
 from compress.data import windows
+from compress.formats import PLAIN, decoder_linears, format_named, open_stream
+from compress.formats.packing import Packer
 from compress.solve import cut_error, damping_vector, refit
+from compress.steps.prune import scores
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
+from compress.steps.prune.scores import Chosen
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.types import Job, Outcome
 from compress.stream.forward import Stream, compute_dtype
@@ -29,112 +34,124 @@ from compress.stream.statistics import Gram, gathering
 PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What happened to one group of one layer. Errors are relative output errors on the calibration inputs, None
-    when no statistics were taken."""
-
-    ranking: Ranking
-    keep: torch.Tensor
-    error: float | None
-    error_without_refit: float | None
-
-
 def run(job: Job) -> Outcome:
-    """Prune `job.source` into `job.target`."""
+    """Prune `job.source` into `job.target`, in the format of `job.pack` if a quantize step is done with it."""
     plan = cast(PrunePlan, job.plan)
     options = cast(PruneOptions, plan.options)
-    criterion = CRITERIA[options.criterion]
-    tokens = windows(job.data["calibration"], "calibration", job.source, job.seed)
+    tokens = windows(job.data["calibration"], "calibration", job.source, job.seed, progress=job.progress)
     job.progress.note(tokens.note)
     ids = torch.from_numpy(tokens.ids)
+    after = plan.after if job.pack is None else job.pack.after
     with (
         Reader(job.source, plan.before) as reader,
-        Writer(job.target, plan.after.tensors.values(), job.shard_bytes) as writer,
+        Writer(job.target, after.tensors.values(), job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
-        pruner = _Pruner(job, plan, options, criterion, reader)
+        pruner = _Pruner(job, plan, options, reader, writer)
         job.progress.note(f"layers run in {pruner.why}")
         probe_ids = ids[: PROBE[0], : PROBE[1]]
-        chosen, logits = pruner.run(ids, probe_ids, writer)
-        for name in plan.after.tensors:
-            if name not in pruner.written:
-                writer.copy(reader, name)
-        writer.config(plan.after.config, job.source)
+        logits = pruner.run(ids, probe_ids)
+        writer.config(after.config, job.source)
         writer.carry(job.source)
-        document = _document(job, plan, options, chosen, tokens.digest)
-        tensors = _importance(chosen)
-        scores = f"sensitivity/{job.target.name}"
-        writer.file(f"{scores}/importance.safetensors", tensors)
-        writer.text(f"{scores}/importance.json", json.dumps(document, indent=1) + "\n")
+        document = scores.document(job, plan, options, pruner.chosen, tokens.digest)
+        tensors = _saved(scores.tensors(pruner.chosen))
+        folder = f"sensitivity/{job.name or job.target.name}"
+        writer.file(f"{folder}/importance.safetensors", tensors)
+        writer.text(f"{folder}/importance.json", json.dumps(document, indent=1) + "\n")
     receipt = {
         "keep": dict(plan.keep),
         "removed": plan.removed,
+        **_loading(plan),
         "precision": pruner.why,
-        "calibration": {"digest": tokens.digest, "tokens": int(ids.numel())},
+        "calibration": {**tokens.record, "tokens": int(ids.numel())},
         "importance_sha256": hashlib.sha256(tensors).hexdigest(),
-        "relative_output_error": [layer["groups"] for layer in document["layers"]],
+        "relative_output_error": scores.errors(pruner.chosen),
     }
-    return Outcome(receipt=receipt, probe=probe_ids, logits=logits)
+    packed: tuple[dict[str, Any], ...] = ()
+    if job.pack is not None:
+        sizes = {"bytes_before": plan.nbytes, "bytes_after": job.pack.nbytes}
+        packed = (pruner.packer.receipt() | sizes,)
+    return Outcome(receipt=receipt, probe=probe_ids, logits=logits, packed=packed)
 
 
 class _Pruner:
-    """The pass over the layers; holds the streams before and after the cut."""
+    """The pass over the layers; holds the streams before and after the cut, and what was chosen so far."""
 
-    def __init__(self, job: Job, plan: PrunePlan, options: PruneOptions, criterion: Criterion, reader: Reader) -> None:
-        self.job, self.plan, self.options, self.criterion, self.reader = job, plan, options, criterion, reader
+    def __init__(self, job: Job, plan: PrunePlan, options: PruneOptions, reader: Reader, writer: Writer) -> None:
+        self.job, self.plan, self.options, self.reader, self.writer = job, plan, options, reader, writer
+        criterion = CRITERIA[options.criterion]
         self.rank = criterion.load()
-        self.needs_gram = options.refit or criterion.needs_gram
-        family = job.family
+        family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype)
         self.before = Stream(reader, family, dtype=dtype)
-        self.after = Stream(reader, family, dtype=dtype, config=plan.after.config)
+        self.after = Stream(reader, made, dtype=dtype, config=plan.after.config)
+        after = plan.after
+        self.packer = Packer(writer, PLAIN, ())
+        if job.pack is not None:
+            after, how = job.pack.after, format_named(cast(Any, job.pack.options).format)
+            self.packer = Packer(writer, how, decoder_linears(plan.after, made))
         # the probe runs in float32 whatever the statistics run in: the self-check compares it exactly
-        self.probe = Stream(reader, family, dtype=torch.float32, config=plan.after.config)
+        self.probe = open_stream(self.packer.written(reader, after), torch.float32)
         sizes = family.sizes(plan.before)
+        # units are chosen and cut in the order that the source has; what is left goes into the order of its new family
+        self.orders = row_orders(made.sizes(plan.after), plan.after.text_config, family.rope, made.rope)
         self.groups = [g for g in family.groups(sizes, plan.before.text_config) if plan.keep[g.name] < g.units]
         self.names = tuple(family.layer(sizes, plan.before.text_config))
-        self.written: set[str] = set()
+        self.gathers = (options.refit or criterion.needs_gram) and bool(self.groups)
+        self.chosen: list[dict[str, Chosen]] = []
 
-    def run(
-        self, ids: torch.Tensor, probe_ids: torch.Tensor, writer: Writer
-    ) -> tuple[list[dict[str, Chosen]], torch.Tensor]:
-        """All layers; returns what was chosen in each, and the probe's logits [B, L, vocab]."""
-        gather = self.needs_gram and bool(self.groups)
-        hidden = self.before.embed(ids) if gather else None
-        probe = self.probe.embed(probe_ids)
-        chosen: list[dict[str, Chosen]] = []
-        with self.job.progress.task("pruning layers", self.before.layers) as task:
-            for index in range(self.before.layers):
-                prefix = self.job.family.prefix(index)
-                tensors = {name: self.reader.tensor(prefix + name) for name in self.names}
-                grams = self._statistics(index, tensors, hidden) if hidden is not None else {}
-                picked, tensors = self._layer(index, tensors, grams)
-                chosen.append(picked)
+    def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
+        """All layers, and what lies outside them; returns the probe's logits [B, L, vocab]."""
+        hidden, probe = self._begin(ids, probe_ids)
+        layers = self.before.layers
+        with self.job.progress.task("pruning layers", layers) as task:
+            task.advance(len(self.chosen))
+            for index in range(len(self.chosen), layers):
+                tensors = self._layer(index, hidden)
                 for name, value in tensors.items():
-                    writer.put(prefix + name, value)
-                    self.written.add(prefix + name)
-                if hidden is not None and index + 1 < self.before.layers:
+                    self.packer.put(self.job.family.prefix(index) + name, value)
+                if hidden is not None and index + 1 < layers:
                     with self.after.layer_from(index, tensors) as layer:
                         self.after.advance(layer, hidden)
-                with self.probe.layer_from(index, tensors) as layer:
+                with self.probe.layer(index) as layer:
                     self.probe.advance(layer, probe)
+                self.packer.release()
+                self._save(hidden, probe)
                 task.advance()
-        return chosen, self.probe.head_logits(self.probe.norm(probe))
+        done = {self.job.family.prefix(index) + name for index in range(layers) for name in self.names}
+        for name in self.plan.after.tensors:
+            if name not in done:
+                self.packer.take(self.reader, name, hold=False)
+        return self.probe.head_logits(self.probe.norm(probe))
 
-    def _statistics(
-        self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Gram matrices of the readers' inputs, by group."""
-        grams = {g.name: Gram(g.units * g.width) for g in self.groups}
-        readers = {g.reader: grams[g.name] for g in self.groups}
-        with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
-            self.before.advance(layer, hidden, keep=False)
-        return {name: gram.mean() for name, gram in grams.items()}
+    def _begin(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Hidden states [N, L, hidden] of the calibration (None when nothing is gathered) and of the probe, before the
+        first layer that is not done: those an earlier run has left, else the embeddings."""
+        state = None if self.job.ledger is None else self.job.ledger.load()
+        if state is None or not self.writer.kept:
+            return (self.before.embed(ids) if self.gathers else None), self.probe.embed(probe_ids)
+        facts, tensors = state.facts, state.tensors
+        self.chosen = scores.restored(tensors, facts["errors"])
+        self.writer.resume(facts["written"])
+        self.packer.restore(facts["packed"])
+        self.job.progress.note(f"going on after {len(self.chosen)} layers, where an earlier run ended")
+        return tensors.get("hidden"), tensors["probe"]
 
-    def _layer(
-        self, index: int, tensors: dict[str, torch.Tensor], grams: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, Chosen], dict[str, torch.Tensor]]:
-        """Rank, choose, cut and refit every group of one layer."""
+    def _save(self, hidden: torch.Tensor | None, probe: torch.Tensor) -> None:
+        """Leave a state for a later run, if it is time."""
+        if self.job.ledger is None or not self.job.ledger.due():
+            return
+        self.writer.sync()
+        tensors = {**scores.tensors(self.chosen), "probe": probe}
+        if hidden is not None:
+            tensors["hidden"] = hidden
+        written = sorted(self.writer.written)
+        facts = {"errors": scores.errors(self.chosen), "written": written, "packed": self.packer.state()}
+        self.job.ledger.save(facts, tensors)
+
+    def _layer(self, index: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Rank, choose, cut and refit every group of one layer; returns its tensors, by their names inside it."""
+        tensors = {name: self.reader.tensor(self.job.family.prefix(index) + name) for name in self.names}
+        grams = self._statistics(index, tensors, hidden) if hidden is not None else {}
         picked: dict[str, Chosen] = {}
         for group in self.groups:
             what = f"layer {index} {group.name}"
@@ -154,43 +171,32 @@ class _Pruner:
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
             picked[group.name] = Chosen(ranking, keep, error, before)
-        return picked, tensors
+        self.chosen.append(picked)
+        return {name: arranged(name, value, self.orders) for name, value in tensors.items()}
+
+    def _statistics(
+        self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Gram matrices of the readers' inputs, by group."""
+        grams = {g.name: Gram(g.units * g.width) for g in self.groups}
+        readers = {g.reader: grams[g.name] for g in self.groups}
+        with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
+            self.before.advance(layer, hidden, keep=False)
+        return {name: gram.mean() for name, gram in grams.items()}
 
 
-def _importance(chosen: list[dict[str, Chosen]]) -> bytes:
-    """`layers.N.GROUP.{cost,order,keep}` as safetensors."""
+def _loading(plan: PrunePlan) -> dict[str, Any]:
+    """Who loads the result, and in which order its rotary rows lie: shapes alone do not tell."""
+    family = family_of(plan.after)
+    return {
+        "model_type": family.model_type,
+        "rope_layout": family.rope,
+        "stock_transformers": family.stock is None,
+        "loaded_by": list(family.loaders),
+    }
+
+
+def _saved(tensors: Mapping[str, torch.Tensor]) -> bytes:
     from safetensors.torch import save
 
-    tensors: dict[str, torch.Tensor] = {}
-    for index, groups in enumerate(chosen):
-        for name, one in groups.items():
-            prefix = f"layers.{index}.{name}"
-            tensors[f"{prefix}.cost"] = one.ranking.cost.to(torch.float32).contiguous()
-            tensors[f"{prefix}.order"] = one.ranking.order.to(torch.int32)
-            tensors[f"{prefix}.keep"] = one.keep.to(torch.int32)
-    return save(tensors, metadata={"format": "pt"})
-
-
-def _document(
-    job: Job, plan: PrunePlan, options: PruneOptions, chosen: list[dict[str, Chosen]], digest: str
-) -> dict[str, Any]:
-    sizes = job.family.sizes(plan.before)
-    groups: dict[str, Group] = {g.name: g for g in job.family.groups(sizes, plan.before.text_config)}
-    return {
-        "criterion": options.criterion,
-        "paper": CRITERIA[options.criterion].paper,
-        "damping": options.damping,
-        "refit": options.refit,
-        "calibration_sha256": digest,
-        "groups": {n: {"units": g.units, "keep": plan.keep[n], "balance": g.balance} for n, g in groups.items()},
-        "layers": [
-            {
-                "layer": index,
-                "groups": {
-                    name: {"error": one.error, "error_without_refit": one.error_without_refit}
-                    for name, one in layer.items()
-                },
-            }
-            for index, layer in enumerate(chosen)
-        ],
-    }
+    return save(dict(tensors), metadata={"format": "pt"})

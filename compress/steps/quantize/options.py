@@ -15,6 +15,6 @@ class QuantizeOptions(StepOptions):
 
     format: Annotated[str, *one_of("format", [*FORMATS, *ALIASES])] = Field(
         ...,
-        description="bf16, fp16 (every float tensor is cast), bnb-int8 (alias int8) or w8a16 (the decoder's linear "
-        "layers; embeddings, lm_head and vision stay).",
+        description="bf16, fp16 (every float tensor is cast), bnb-int8 (alias int8), w8a16 or w8a8 (the decoder's "
+        "linear layers; embeddings, lm_head and vision stay).",
     )

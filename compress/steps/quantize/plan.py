@@ -8,11 +8,13 @@ from compress.checkpoint.layout import files_bytes
 from compress.errors import UserError
 from compress.formats import PLAIN, Format, Plain, decoder_linears, format_named, format_of
 from compress.formats.format import BLOCK_BYTES, FLOATS
+from compress.limits import VOCAB_ROWS
 from compress.steps.quantize.options import QuantizeOptions
 from compress.steps.types import Complain, PlanContext, StepPlan
 
-PROBE = (2, 64)  # windows and tokens of the probe: enough to tell a wrong scale, cheap on 10 B parameters
-VOCAB_ROWS = 16384  # rows of the output matrix that a probe holds at once
+PROBE = (2, 32)  # windows and tokens of the probe: enough to tell a wrong scale, cheap on 10 B parameters
+BLOCKS = 10  # of rows, alive at once: as they are read, wide, scaled, as codes, restored
+SPARE = 64 * 2**20  # what libraries allocate for themselves while they work
 
 
 def plan(before: Header, options: QuantizeOptions, context: PlanContext, complain: Complain) -> StepPlan | None:
@@ -37,9 +39,17 @@ def plan(before: Header, options: QuantizeOptions, context: PlanContext, complai
         after=after,
         parameters=how.parameters(after, family),
         nbytes=files_bytes(after.tensors.values(), context.shard_bytes),
-        memory=_memory(before, family),
+        memory=_memory(before, after, how, linears, family),
         notes=_notes(before, after, how, linears, family),
     )
+
+
+def units(header: Header, family: Family) -> list[tuple[str, ...]]:
+    """The names of all tensors in the order in which they are done: one entry a decoder layer, and one for the rest."""
+    prefixes = [family.prefix(index) for index in range(family.sizes(header).layers)]
+    layers = [tuple(name for name in header.tensors if name.startswith(prefix)) for prefix in prefixes]
+    inside = {name for names in layers for name in names}
+    return [*layers, tuple(name for name in header.tensors if name not in inside)]
 
 
 def _format(before: Header, options: QuantizeOptions, complain: Complain) -> Format | None:
@@ -69,15 +79,17 @@ def _notes(before: Header, after: Header, how: Format, linears: tuple[str, ...],
     return tuple(notes)
 
 
-def _memory(before: Header, family: Family) -> int:
-    """Packing holds five blocks of rows (source, float32, quotient, codes, restored). The probe needs more: one
-    decoder layer in float32 and its largest matrix as it is read and as it is stored, or a block of the output matrix
-    with the logits."""
-    sizes = family.sizes(before)
-    first = family.prefix(0)
-    layer = [t for name, t in before.tensors.items() if name.startswith(first)]
-    largest = max((t.parameters for t in layer), default=0)
-    width = max((DTYPE_BYTES[t.dtype] for t in layer), default=4)
-    head = min(VOCAB_ROWS, sizes.vocab) * sizes.hidden * (4 + width) + PROBE[0] * PROBE[1] * sizes.vocab * 4
-    probe = 4 * sum(t.parameters for t in layer) + (width + 4) * largest
-    return max(5 * BLOCK_BYTES, probe, head)
+def _memory(before: Header, after: Header, how: Format, linears: tuple[str, ...], family: Family) -> int:
+    """Blocks of rows, and the larger of two: a layer as it is stored, with the probe's modules of it and a copy of the
+    largest codes; or a block of the output matrix as it is read, stored and multiplied, with the probe's logits."""
+    sizes, first = family.sizes(before), family.prefix(0)
+    stored = sum(t.nbytes for name, t in after.tensors.items() if name.startswith(first))
+    weights = [before.tensors[f"{module}.weight"] for module in linears if module.startswith(first)]
+    layer = (
+        stored + sum(how.module_bytes(weight) for weight in weights) + max((w.parameters for w in weights), default=0)
+    )
+    width = max(DTYPE_BYTES[t.dtype] for t in before.tensors.values())
+    tokens = PROBE[0] * PROBE[1]
+    head = min(VOCAB_ROWS, sizes.vocab) * sizes.hidden * (4 + 2 * width) + 4 * tokens * sizes.vocab
+    activations = 4 * tokens * 4 * (sizes.hidden + sizes.ffn + sizes.heads * sizes.head_dim)
+    return max(layer, head) + activations + BLOCKS * BLOCK_BYTES + SPARE

@@ -1,170 +1,107 @@
-"""The quantize step: tensor by tensor, in blocks of rows; the model is never loaded.
+"""The quantize step: one pass over the source, layer by layer; the model is never loaded.
 
-Scales are per output row, so rows are independent and any split gives the same bytes. What the written folder must
-compute is known beforehand: a probe through the source's layers with every linear packed in memory.
+Each tensor is read once, packed in blocks of rows and written. What the written folder must compute is known
+beforehand: a probe passes through every layer as it was packed, before the layer is let go.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
+from compress.checkpoint.headers import Header
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
-from compress.formats import Format, Plain, decoder_linears, format_named, row_blocks
+from compress.formats import decoder_linears, format_named, open_stream
+from compress.formats.packing import Packer
+from compress.limits import VOCAB_ROWS
 from compress.steps.quantize.options import QuantizeOptions
-from compress.steps.quantize.plan import PROBE
+from compress.steps.quantize.plan import PROBE, units
 from compress.steps.types import Job, Outcome
 from compress.stream.forward import Stream
 
 
-@dataclass
-class Rounding:
-    """What rounding did to the tensors of one kind: relative Frobenius errors, one a tensor, and the largest."""
-
-    errors: list[float] = field(default_factory=list)
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "tensors": len(self.errors),
-            "mean_relative_error": _digits(sum(self.errors) / len(self.errors)),
-            "max_relative_error": _digits(max(self.errors)),
-        }
-
-
-@dataclass
-class Lost:
-    """Values that a cast to a narrower float turned into zero, or into subnormals, which hold fewer bits."""
-
-    zero: int = 0
-    subnormal: int = 0
-
-    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        if before.dtype != after.dtype:
-            size = after.abs()
-            self.zero += int(((before != 0) & (size == 0)).sum())
-            self.subnormal += int(((size != 0) & (size < torch.finfo(after.dtype).smallest_normal)).sum())
-
-
 def run(job: Job) -> Outcome:
-    """Write `job.target` in the planned format; the outcome's logits are those of the source, packed in memory.
+    """Write `job.target` in the planned format; the outcome's logits are those that its stored tensors give.
 
     Raises UserError naming the tensor for NaN, infinity, or a value that the format's float cannot hold.
     """
     how = format_named(cast(QuantizeOptions, job.plan.options).format)
     after = job.plan.after
-    kinds: dict[str, Rounding] = {}
-    lost = Lost()
-    with Reader(job.source) as reader:
-        linears = set(decoder_linears(reader.header, job.family))
-        with Writer(job.target, after.tensors.values(), job.shard_bytes) as writer:
-            writer.carry(job.source)
-            writer.config(after.config, job.source)
-            with job.progress.task(f"writing {how.name}", len(reader.header.tensors)) as task:
-                for name, spec in reader.header.tensors.items():
-                    module = name.removesuffix(".weight")
-                    if after.tensors.get(name) == spec:
-                        writer.copy(reader, name)
-                    elif module in linears:
-                        error = _pack(reader, writer, how, module, lost)
-                        kinds.setdefault(_kind(module), Rounding()).errors.append(error)
-                    else:
-                        _cast(reader, writer, how, name, lost)
-                    task.advance()
-        probe, logits = _probe(job, reader, how)
-    receipt: dict[str, Any] = {
-        "format": how.name,
-        "linears": len(linears),
-        "bytes_before": reader.header.stored_bytes(),
-        "bytes_after": job.plan.nbytes,
-        "rounding": {kind: kinds[kind].summary() for kind in sorted(kinds)},
-    }
-    if isinstance(how, Plain):
-        receipt |= {"flushed_to_zero": lost.zero, "subnormal": lost.subnormal}
-    return Outcome(receipt=receipt, probe=probe, logits=logits)
+    with (
+        Reader(job.source, job.plan.before) as reader,
+        Writer(job.target, after.tensors.values(), job.shard_bytes, keep=job.ledger is not None) as writer,
+    ):
+        packer = Packer(writer, how, decoder_linears(reader.header, job.family))
+        stream = open_stream(packer.written(reader, after), torch.float32)
+        *layers, rest = units(reader.header, job.family)
+        ids = _probe_ids(job, reader.header)
+        done, hidden = _begin(job, writer, packer, stream, ids)
+        with job.progress.task(f"writing {how.name}", len(layers) + 1) as task:
+            task.advance(done)
+            for index in range(done, len(layers)):
+                _layer(index, layers[index], reader, packer, stream, hidden)
+                _save(job, writer, packer, index + 1, hidden)
+                task.advance()
+            logits = _rest(rest, reader, packer, stream, hidden)
+            task.advance()
+        writer.config(after.config, job.source)
+        writer.carry(job.source)
+    sizes: dict[str, Any] = {"bytes_before": reader.header.stored_bytes(), "bytes_after": job.plan.nbytes}
+    return Outcome(receipt=packer.receipt() | sizes, probe=ids, logits=logits)
 
 
-def _pack(reader: Reader, writer: Writer, how: Format, module: str, lost: Lost) -> float:
-    """Write one linear in its stored form; its rounding error, relative, in the Frobenius norm."""
-    name = f"{module}.weight"
-    rows, columns = reader.spec(name).shape
-    difference = total = 0.0
-    for start, stop in row_blocks(rows, columns):
-        block = reader.rows(name, slice(start, stop))
-        stored = how.pack_rows(module, block)
-        for key, value in stored.items():
-            writer.put_rows(key, start, value)
-        if isinstance(how, Plain):
-            lost.add(block, stored[name])
-        restored = how.unpack(module, stored | how.constants(module, (stop - start, columns)), torch.float32)
-        wide = block.float()
-        total += _squares(wide)
-        difference += _squares(restored.sub_(wide))
-    for key, value in how.constants(module, (rows, columns)).items():
-        writer.put(key, value)
-    return (difference / total) ** 0.5 if total else 0.0
+def _probe_ids(job: Job, header: Header) -> torch.Tensor:
+    """Token ids [windows, tokens], below half of the vocabulary: the marks of images and videos stand at its end."""
+    vocab = job.family.sizes(header).vocab
+    return torch.randint(0, max(1, vocab // 2), PROBE, generator=torch.Generator().manual_seed(job.seed))
 
 
-def _squares(rows: torch.Tensor) -> float:
-    """Sum of squares: a row in float32, whatever the blocks and threads, and the rows in float64."""
-    return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+def _begin(job: Job, writer: Writer, packer: Packer, stream: Stream, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """How many layers an earlier run has done, and the probe's hidden states [N, L, hidden] after them."""
+    state = None if job.ledger is None else job.ledger.load()
+    if state is None or not writer.kept:
+        return 0, stream.embed(ids)
+    writer.resume(state.facts["written"])
+    packer.restore(state.facts["packed"])
+    done = int(state.facts["layers"])
+    job.progress.note(f"going on after {done} layers, where an earlier run ended")
+    return done, state.tensors["hidden"]
 
 
-def _cast(reader: Reader, writer: Writer, how: Format, name: str, lost: Lost) -> None:
-    """Write a tensor that is no decoder linear in another float, in blocks of rows."""
-    spec = reader.spec(name)
-    if not spec.shape or not spec.parameters:
-        value = reader.tensor(name)
-        writer.put(name, how.cast(name, value))
-        return
-    for start, stop in row_blocks(spec.shape[0], spec.parameters // spec.shape[0]):
-        block = reader.rows(name, slice(start, stop))
-        value = how.cast(name, block)
-        lost.add(block, value)
-        writer.put_rows(name, start, value)
+def _save(job: Job, writer: Writer, packer: Packer, done: int, hidden: torch.Tensor) -> None:
+    """Leave a state for a later run, if it is time."""
+    if job.ledger is not None and job.ledger.due():
+        writer.sync()
+        facts = {"layers": done, "written": sorted(writer.written), "packed": packer.state()}
+        job.ledger.save(facts, {"hidden": hidden})
 
 
-class _Rounded(Reader):
-    """A Reader whose tensors hold the values that a plain format leaves: what a cast folder will compute with."""
-
-    def __init__(self, reader: Reader, how: Plain) -> None:
-        super().__init__(reader.folder, reader.header)
-        self._how = how
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        value = self._how.cast(name, super().tensor(name))
-        return value if dtype is None else value.to(dtype)
-
-    def rows(self, name: str, index: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        value = self._how.cast(name, super().rows(name, index))
-        return value if dtype is None else value.to(dtype)
+def _layer(
+    index: int, names: Sequence[str], reader: Reader, packer: Packer, stream: Stream, hidden: torch.Tensor
+) -> None:
+    """Write one decoder layer, and pass the probe's hidden states [N, L, hidden] through it, in place."""
+    for name in names:
+        packer.take(reader, name)
+    with stream.layer(index) as layer:
+        stream.advance(layer, hidden)
+    packer.release()
 
 
-def _probe(job: Job, reader: Reader, how: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, and the float32 logits that the written folder must give for them.
-
-    Ids stay below half of the vocabulary: the marks of images and videos stand at its end.
-    """
-    vocab = job.family.sizes(reader.header).vocab
-    ids = torch.randint(0, max(1, vocab // 2), PROBE, generator=torch.Generator().manual_seed(job.seed))
-    job.progress.note(f"computing what {how.name} must give for {PROBE[0]} x {PROBE[1]} probe tokens")
-    if isinstance(how, Plain):
-        with _Rounded(reader, how) as rounded:
-            return ids, _logits(Stream(rounded, job.family, dtype=torch.float32), ids, job)
-    return ids, _logits(Stream(reader, job.family, dtype=torch.float32, linear=how.repack), ids, job)
-
-
-def _logits(stream: Stream, ids: torch.Tensor, job: Job) -> torch.Tensor:
-    return stream.head_logits(stream.hidden(ids, job.progress, "probing"))
-
-
-def _kind(module: str) -> str:
-    """`model.layers.3.mlp.down_proj` -> `mlp.down_proj`."""
-    return module.split(".layers.", 1)[1].split(".", 1)[1]
-
-
-def _digits(value: float) -> float:
-    # sums over blocks may differ in their last bits; the receipt must not
-    return float(f"{value:.6g}")
+@torch.no_grad()
+def _rest(names: Sequence[str], reader: Reader, packer: Packer, stream: Stream, hidden: torch.Tensor) -> torch.Tensor:
+    """Write what is outside the layers; returns the probe's logits [N, L, vocab], from the output matrix in passing."""
+    head = stream.family.head_tensor(reader.header)
+    vocab = reader.spec(head).shape[0]
+    normed = stream.norm(hidden).flatten(0, 1)
+    logits = torch.empty(len(normed), vocab)
+    for name in names:
+        if name != head:
+            packer.take(reader, name, hold=False)
+            continue
+        for start in range(0, vocab, VOCAB_ROWS):  # the blocks of Stream.head: the very same products
+            rows = packer.put_rows(name, start, reader.rows(name, slice(start, start + VOCAB_ROWS)))
+            torch.mm(normed, rows.float().T, out=logits[:, start : start + len(rows)])
+    return logits.view(*hidden.shape[:2], vocab)

@@ -1,0 +1,168 @@
+"""The sections on full width, on kills, and on peers' 8-bit weights; each renders the rows of one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from _markdown import GIB, MIB, Row, by_setting, described, number, table, verdict
+from peers_quant import ROWS, Ours
+
+FUSED_PEAK, QUANTIZE_PEAK, QUANTIZE_WALL = 6.0, 2.5, 2.0  # GiB, GiB, times plain reading and writing
+KILLS = 20
+QUALITY = 1.005  # times a peer's perplexity: two correct roundings to 8 bits differ by less on 64 windows
+
+FOUNDATION = """\
+A cut of GLM-4.1V-9B at full width with seeded random weights (`bench/make_checkpoint.py`): hidden size 4096, FFN 13696,
+32 heads on 2 KV heads, vocabulary 151552, vision tower included. Peaks are of the whole process, libraries included;
+both run with the memory that their plan asks for, so the self-check streams and leaves out a full load.
+"""
+KILLED = """\
+`kill -9` at random moments of a run of three steps (prune, distil, quantize) on a pico glm4v, counted from when its
+work folder appears and spread over the whole run; then the same command once more. Same bytes: exit code 0, all of OUT
+but measured.json as an uninterrupted run leaves it, the source untouched, nothing left beside OUT.
+"""
+PEERS = """\
+SmolLM2-135M, every method a process of its own, others' in an environment of their own (`make peers-env`). Peak: of
+the whole process with its children, libraries included. Rounding is to nearest, with one scale a row and without data,
+for all: llm-compressor's preset W8A16 and auto-round's default have groups of 128 columns, and their exports refuse
+this model's 576. `limited` runs with the memory that our plan asks for; without that, our self-check loads the result
+once more in full, which no peer does. Judged `stock`: the folder that was written, loaded by stock transformers;
+`memory`: that load fails or leaves keys over, so the model was judged as its maker has it in memory. Pruning takes 20 %
+of the decoder's matrix parameters from the FFN, ours as by default (wanda + refit, 64 windows of the validation split).
+"""
+
+
+def foundation(rows: list[Row]) -> str:
+    """For every cut: the fused run beside its arithmetic, quantize beside plain reading and writing."""
+    parts = [FOUNDATION]
+    works = {"fused": _fused, "quantize": _quantize}
+    for work, render in works.items():
+        found = [row for row in rows if row["key"]["what"] == work]
+        parts += [render(row) for row in found] or [f"**{work}**: not measured yet.\n"]
+    return "\n".join(parts)
+
+
+def _fused(row: Row) -> str:
+    key, found = row["key"], row["found"]
+    cut = ", ".join(f"{name} {value}" for name, value in key["prune"].items())
+    totals: dict[str, float] = {}
+    for part in found["operations"]:
+        totals[part["part"]] = totals.get(part["part"], 0.0) + part["operations"]
+    work = {part: f"{number(count / 1e9, 0)} GFLOP" for part, count in totals.items()}
+    work |= {f"disk, {way}": f"{number(size / 1e6, 0)} MB" for way, size in found["bytes"].items()}
+    lines = [(part, work[part], number(value, 2)) for part, value in found["beside"].items()]
+    least = sum(found["beside"].values())
+    lines.append(("together", "", number(least, 2)))
+    rates = found["rates"]
+    reached = ", ".join(f"{name} {number(rates[name], 0)}" for name in ("bf16", "f32", "f64", "cholesky"))
+    title = (
+        f"**Prune ({cut}) and {key['format']} in one pass**, {key['layers']} layers, "
+        f"{key['samples']} x {key['length']} tokens, {found['threads']} threads: {found['seconds']:.0f} s, "
+        f"peak {found['peak'] / GIB:.2f} GiB, planned {found['predicted'] / GIB:.2f} GiB above the libraries.\n"
+    )
+    measured = "".join(
+        f"- {task}: {', '.join(f'{value:.1f}' for value in times)} s a layer, "
+        f"{sum(times) / len(times) / least:.2f} times the sum above\n"
+        for task, times in found["layer_seconds"].items()
+        if len(times) == key["layers"]
+    )
+    return (
+        f"{title}\nOne layer's arithmetic at what this machine reached in the same run ({reached} GFLOP/s; disk "
+        f"{rates['read']:.2f} GB/s read, {rates['write']:.2f} GB/s written and synced):\n\n"
+        f"{table(('part', 'work', 's'), lines)}\nMeasured:\n\n{measured}"
+        + verdict("peak of the whole process", found["peak"] / GIB, FUSED_PEAK, "GiB", 2)
+    )
+
+
+def _quantize(row: Row) -> str:
+    key, found = row["key"], row["found"]
+    plain = list(found["beside"].values())
+    mean = sum(plain) / len(plain)
+    took = " and ".join(f"{value:.1f}" for value in plain)
+    return (
+        f"**Quantize alone**, {key['format']}, {key['layers']} layers, {found['threads']} threads: "
+        f"{found['seconds']:.0f} s with imports and self-check, peak {found['peak'] / GIB:.2f} GiB; plainly reading "
+        f"the source and writing {found['written'] / 1e9:.2f} GB took {took} s before and after.\n\n"
+        + verdict("peak of the whole process", found["peak"] / GIB, QUANTIZE_PEAK, "GiB", 2)
+        + verdict("wall", found["seconds"] / mean, QUANTIZE_WALL, "times plain reading and writing", 2)
+    )
+
+
+def kills(rows: list[Row]) -> str:
+    """One table a run of the script, and whether every trial ended as it must."""
+    parts = [KILLED]
+    for row in rows:
+        found, count = row["found"], row["key"]["kills"]
+        lines = []
+        for trial in found["trials"]:
+            stood = ", ".join(name for name in trial["stood"] if not name.startswith("."))
+            result = "; ".join(trial["wrong"]) or ("finished before" if trial["finished"] else "same bytes")
+            reused = "" if trial["finished"] else f"{trial['reused']} of {trial['steps']}"
+            lines.append((f"{trial['moment']:.2f}", stood, reused, result))
+        header = ("killed after, s", "what stood in the work folder", "steps reused", "then")
+        met = "met" if found["same"] == count >= KILLS else "**missed**"
+        parts.append(
+            f"`{row['key']['recipe']}`, seed {row['key']['seed']}:\n\n{table(header, lines)}\n"
+            f"- same bytes: {found['same']} of {count}, all of at least {KILLS}: {met}\n"
+        )
+    return "\n".join(parts)
+
+
+def peers_quant(rows: list[Row]) -> str:
+    """For every setting a table a group, what is missing, and the numbers to meet against every peer."""
+    parts = [PEERS]
+    for setting, group in by_setting(rows, ("row",)).items():
+        found = {row["key"]["row"]: row["found"] for row in group}
+        parts.append(f"{described(setting)}, {_threads(found)}.\n")
+        for name in dict.fromkeys(row.group for row in ROWS.values()):
+            parts.append(_peers_group(name, found))
+    return "\n".join(parts)
+
+
+def _threads(found: Mapping[str, Row]) -> str:
+    return "threads " + ", ".join(sorted({str(one["threads"]) for one in found.values()}))
+
+
+def _peers_group(group: str, found: Mapping[str, Row]) -> str:
+    names = [name for name, row in ROWS.items() if row.group == group]
+    ours = next((name for name in names if isinstance(ROWS[name], Ours)), "")
+    here = {name: found[name] for name in names if name in found}
+    missing = [name for name in names if name not in found]
+    lines = [_peers_line(name, one, found.get(ours)) for name, one in here.items()]
+    header = ("", "perplexity", "times dense", "KL", "top-1", "peak MiB", "times ours", "s", "s without imports")
+    grid = table((*header, "MB written", "judged"), lines) if lines else ""
+    versions = dict.fromkeys(_versions(one["peer_versions"]) for one in here.values() if "peer_versions" in one)
+    ran = "".join(f"- ran: {line}\n" for line in versions)
+    left = f"- not measured: {', '.join(missing)}\n" if missing else ""
+    return f"**{group}**\n\n{grid}\n{ran}{left}{''.join(_peers_verdicts(ours, here))}"
+
+
+def _peers_line(name: str, one: Row, ours: Row | None) -> tuple[str, ...]:
+    return (
+        name,
+        number(one["ppl"], 2),
+        number(one["ratio"], 4),
+        number(one["kl"], 4),
+        number(one["top1"], 3),
+        number(one["peak"] / MIB, 0),
+        number(one["peak"] / ours["peak"] if ours else None, 2),
+        number(one["seconds"], 0),
+        number(one.get("work_seconds"), 0),
+        number(one["bytes"] / 1e6, 1),
+        one["judged"],
+    )
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in found.items())
+
+
+def _peers_verdicts(ours: str, here: Mapping[str, Row]) -> Iterator[str]:
+    """Our first row of the group against every peer's: memory, then perplexity."""
+    if ours not in here:
+        return
+    peers = {name: one for name, one in here.items() if not isinstance(ROWS[name], Ours)}
+    for name, one in peers.items():
+        yield verdict(f"peak, {ours} over {name}", here[ours]["peak"] / one["peak"], 1.0, "times", 2)
+        yield verdict(f"perplexity, {ours} over {name}", here[ours]["ppl"] / one["ppl"], QUALITY, "times", 4)

@@ -1,0 +1,54 @@
+"""Pieces of the page of measurements: tables, numbers, verdicts, and where a number comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+MIB, GIB = 2**20, 2**30
+Row = dict[str, Any]
+
+
+def by_setting(rows: list[Row], apart: Sequence[str]) -> dict[str, list[Row]]:
+    """Rows whose keys agree in all but `apart`, under that rest as JSON."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        rest = {key: value for key, value in row["key"].items() if key not in apart}
+        groups.setdefault(json.dumps(rest), []).append(row)
+    return groups
+
+
+def described(text: str) -> str:
+    """A setting of `by_setting` as words."""
+    return ", ".join(f"{key} {value}" for key, value in json.loads(text).items())
+
+
+def provenance(rows: list[Row]) -> str:
+    """Machines, versions and dates of the rows, each combination once."""
+    seen: dict[str, list[str]] = {}
+    for row in rows:
+        host = row["machine"]
+        where = f"{host['cpu']}, {host['cores']} cores, {host['memory'] / 2**30:.0f} GiB"
+        what = ", ".join(f"{name} {value}" for name, value in row["versions"].items())
+        seen.setdefault(f"{where}; {what}", []).append(row["date"][:10])
+    lines = []
+    for text, dates in seen.items():
+        span = min(dates) if min(dates) == max(dates) else f"{min(dates)} to {max(dates)}"
+        lines.append(f"Measured {span} on {text}.\n")
+    return "\n".join(lines)
+
+
+def verdict(what: str, found: float, most: float, unit: str, digits: int) -> str:
+    """A number that must be met, and whether it is."""
+    unit = f" {unit}" if unit else ""
+    return f"- {what}: {found:.{digits}f}{unit}, at most {most:g}{unit}: {'met' if found <= most else '**missed**'}\n"
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,38 @@
+"""Calibration, training and evaluation tokens: a source of text, its tokens in disjoint windows, and a digest.
+
+What a source is stands in docs/data.md. The same source, length, samples and seed give the same windows; torch and
+transformers are not imported before a tokenizer is needed, datasets and pyarrow not before a source needs them.
+"""
+
+from __future__ import annotations
+
+from compress.data.builtin import PARAGRAPH, SHARES, builtin_parts, normalised
+from compress.data.sample import sampling_memory
+from compress.data.sources import BYTES_A_TOKEN, check, documents, expected_tokens, most_tokens
+from compress.data.spec import BUILTIN, KINDS, SELF, DataSpec, Part, counts, parse_sources, sources
+from compress.data.tokens import TOKENIZERS, Tokens, evenly_spaced, windows
+
+__all__ = [
+    "BUILTIN",
+    "BYTES_A_TOKEN",
+    "KINDS",
+    "PARAGRAPH",
+    "SELF",
+    "SHARES",
+    "TOKENIZERS",
+    "DataSpec",
+    "Part",
+    "Tokens",
+    "builtin_parts",
+    "check",
+    "counts",
+    "documents",
+    "evenly_spaced",
+    "expected_tokens",
+    "most_tokens",
+    "normalised",
+    "parse_sources",
+    "sampling_memory",
+    "sources",
+    "windows",
+]

@@ -1,0 +1,112 @@
+"""Chats: `messages` of {role, content}, checked where they are read and rendered by the model's own template.
+
+Only text is taken: content is a string or a list of text parts. Other keys of a message go to the template as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.headers import read_json
+from compress.errors import UserError
+
+# what a template writes around the text, generously: a system prompt of its own, and the marks of a message
+CHAT_BYTES, MESSAGE_BYTES = 512, 32
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation; every message has a role and a content, both text. `where` is its file and line."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    where: str
+
+    @property
+    def nbytes(self) -> int:
+        """About the most bytes that a template makes of it."""
+        said = sum(len(message["role"].encode()) + len(message["content"].encode()) for message in self.messages)
+        return said + CHAT_BYTES + MESSAGE_BYTES * len(self.messages)
+
+
+Document = str | Chat
+
+
+def encoded(text: str, what: str, where: str) -> str:
+    """`text`, which must have a UTF-8 form: JSON can write half of a surrogate pair, tokenizers cannot read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {what} holds half of a surrogate pair") from None
+    return text
+
+
+def chat(found: Any, where: str) -> Chat:
+    """The chat of a value of `messages`; UserError opens with `where` and says what is wrong with which message."""
+    if not isinstance(found, (list, tuple)) or not found:
+        shown = "an empty list" if isinstance(found, (list, tuple)) else type(found).__name__
+        raise UserError(f"{where}: 'messages' must be a list of {{role, content}}, found {shown}")
+    return Chat(tuple(_message(message, f"{where}, message {i}") for i, message in enumerate(found, 1)), where)
+
+
+def _message(found: Any, where: str) -> dict[str, Any]:
+    if not isinstance(found, Mapping):
+        raise UserError(f"{where}: expected {{role, content}}, found {type(found).__name__}")
+    kept = {key: value for key, value in found.items() if value is not None}  # a table has null for a missing key
+    role = kept.get("role")
+    if not isinstance(role, str) or not role:
+        raise UserError(f"{where}: 'role' must be text, found {role!r}")
+    if "content" not in kept and not kept.get("tool_calls"):
+        raise UserError(f"{where}: no 'content', found keys {', '.join(map(repr, kept))}")
+    content = _text(kept.get("content", ""), where)
+    return kept | {"role": encoded(role, "'role'", where), "content": encoded(content, "'content'", where)}
+
+
+def _text(content: Any, where: str) -> str:
+    """The text of a content: itself, or its text parts one after the other."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise UserError(f"{where}: 'content' must be text or a list of parts, found {type(content).__name__}")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if isinstance(kind, str) and kind.startswith(("image", "video", "audio", "input_audio")):
+            raise UserError(
+                f"{where}: {kind} part; only text is read, because calibration and training run on text alone"
+            )
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(text, str):
+            raise UserError(f"{where}: a part must be {{type: text, text: ...}}, found a part of type {kind!r}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a checkpoint folder holds a chat template, in any of the places where transformers looks for one."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
+def no_template(folder: Path, where: str) -> UserError:
+    """What is said where `messages` meet a tokenizer without a template."""
+    return UserError(
+        f"{where}: 'messages' need a chat template, and the tokenizer in {folder} has none",
+        hint="give the conversations as plain text, in the string 'text'",
+    )
+
+
+def render(found: Chat, tokenizer: Any, folder: Path) -> str:
+    """The chat as its model sees it, whole, without a prompt for a next answer."""
+    if not tokenizer.chat_template:
+        raise no_template(folder, found.where)
+    try:
+        text = tokenizer.apply_chat_template([dict(message) for message in found.messages], tokenize=False)
+    except Exception as error:  # a template is a program: it refuses with jinja's errors or dies of any other
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{found.where}: the chat template refuses these messages ({line})") from None
+    return str(text)

@@ -1,0 +1,7 @@
+"""How much is alive at once: the sizes that the work keeps to and that plans count with, so that both agree."""
+
+from __future__ import annotations
+
+BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
+VOCAB_ROWS = 16384  # rows of the output matrix that are in memory at once
+DOUBLE_UP_TO = 4096  # columns; above, float64 costs twice the memory of an H that is the largest thing alive

@@ -1,0 +1,222 @@
+"""What the public functions take and give, as type checkers and editors see it. Torch-free.
+
+What stands between the marks at the end is written from the steps' options by `python -m tests.recipe_docs`: a step's
+keys are declared in its options model alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, Required, TypedDict
+
+from compress.machine import Machine, Progress
+
+
+class InspectedGroup(TypedDict):
+    """Units that can be cut. `step`: units go in multiples of it; `multiple`: what stays is one of it where a share or
+    a target decides; `refitted`: the module whose inputs the units are."""
+
+    group: str
+    units_per_layer: int
+    step: int
+    multiple: int
+    parameters_per_unit: int
+    refitted: str
+
+
+class InspectedCut(TypedDict):
+    """Who loads what a cut leaves. `keep`: the counts that may stay, None for any; `flavour`: the prune option that
+    gives this label, None where there is one only; `loaded_by`: stock transformers, and vLLM where that was proved."""
+
+    cut: str
+    keep: list[int] | None
+    flavour: str | None
+    model_type: str
+    architecture: str
+    loaded_by: list[str]
+
+
+class Inspection(TypedDict):
+    """What `inspect` finds. `bytes`: of the tensors as stored; `decoder_parameters`: those of the decoder layers.
+
+    `loaded_by`: who loads the model as it is; `cuts`: empty for a quantized model, which cannot be pruned."""
+
+    model: str
+    model_type: str
+    architecture: str | None
+    format: str
+    dtype: str
+    parameters: int
+    decoder_parameters: int
+    bytes: int
+    tensors: int
+    files: int
+    sizes: dict[str, int]
+    loaded_by: list[str]
+    groups: list[InspectedGroup]
+    cuts: list[InspectedCut]
+
+
+class _Alone(TypedDict):
+    perplexity: float
+    tokens: int
+    parameters: int
+    bytes: int
+
+
+class Evaluation(_Alone, total=False):
+    """What `evaluate` measures over `tokens` predicted positions; with a reference the distance from it.
+
+    `perplexity_ratio`: perplexity over the reference's. `kl`: mean KL(reference || model), nats a token.
+    `top1_agreement`: share of positions where both models' likeliest next token is the same.
+    """
+
+    reference_perplexity: float
+    perplexity_ratio: float
+    kl: float
+    top1_agreement: float
+
+
+class ReceiptSource(TypedDict):
+    """A model that was read. `revision`: the hub's commit or the digest of a converted file; `sha256`: of its files."""
+
+    name: str
+    revision: str | None
+    sha256: dict[str, str]
+
+
+class Receipt(TypedDict):
+    """Why a result can be trusted. `receipt`: version of this format; `libraries`: their versions; `recipe` with every
+    default; a dict for each of `steps` and of the measured `stages`; `gates`: which failed; `files`: digests."""
+
+    receipt: int
+    autoglm_compress: str
+    libraries: dict[str, str]
+    threads: int
+    shard_bytes: int
+    recipe: dict[str, Any]
+    model: ReceiptSource
+    teacher: NotRequired[ReceiptSource]
+    parameters: int
+    evaluation_sha256: str | None
+    evaluation_revisions: NotRequired[dict[str, str]]
+    steps: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+    gates: dict[str, list[str]] | None
+    files: dict[str, str]
+
+
+class RunKeywords(TypedDict, total=False):
+    """Of `run`, and of every function that carries out one step."""
+
+    machine: Machine | None
+    """Threads and memory; all there are by default."""
+    overwrite: bool
+    """Replace an earlier result."""
+    keep_work: bool
+    """Keep the steps' folders in OUT.work."""
+    fresh: bool
+    """Start over; take nothing from OUT.work."""
+    discard: bool
+    """Keep nothing in OUT.work when the run fails."""
+    wait: bool
+    """Wait for another run that writes the same folder, in the place of a UserError."""
+    stop_after: int | None
+    """End after so many steps and keep OUT.work; the next run goes on from there."""
+    checkpoint_every: float
+    """Seconds between the saved states of a step."""
+    shard_bytes: int
+    """The largest safetensors file that is written."""
+    progress: Progress | None
+    """What is told while it works; nothing by default."""
+
+
+DEFAULTS: dict[str, Any] = {
+    "machine": None,
+    "overwrite": False,
+    "keep_work": False,
+    "fresh": False,
+    "discard": False,
+    "wait": False,
+    "stop_after": None,
+    "checkpoint_every": 60.0,
+    "shard_bytes": 5 * 10**9,
+    "progress": None,
+    "seed": 0,
+}
+
+
+class StepKeywords(RunKeywords, total=False):
+    """Of a function that carries out one step."""
+
+    seed: int
+    """Seed of all that is drawn."""
+
+
+# keys of the steps
+
+
+class PruneKeywords(StepKeywords, total=False):
+    """Of `prune`."""
+
+    ratio: float | None
+    """Share of the decoder layers' attention + FFN matrix parameters to remove; taken from the FFN alone, or with heads
+    the FFN takes the rest.
+    """
+    ffn: float | None
+    """Share of the FFN neurons to remove."""
+    heads: float | None
+    """Share of the query heads to remove, equally many from every KV head's group."""
+    keep_ffn: int | None
+    """FFN neurons to keep in every layer, exactly."""
+    keep_heads: int | None
+    """Query heads to keep in every layer, exactly."""
+    params: float | str | None
+    """Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or keep_heads leave."""
+    bytes: float | str | None
+    """Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."""
+    flavour: str
+    """What a glm4v with fewer heads becomes: portable (glm46v, for stock transformers and vLLM) or native (glm4v, for
+    vLLM alone).
+    """
+    criterion: str
+    """How units are ranked: wanda, obs, magnitude."""
+    refit: bool
+    """Refit the reading matrix by least squares from the original weights."""
+    damping: float
+    """Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."""
+
+
+class DistillKeywords(StepKeywords, total=False):
+    """Of `distill`."""
+
+    loss: str
+    """The distillation loss: forward-kl."""
+    epochs: float
+    """Passes over the training windows."""
+    max_steps: int | None
+    """Stop after this many optimizer steps."""
+    batch: int
+    """Windows per optimizer step."""
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    warmup: float
+    """Share of the steps that warm up linearly."""
+    weight_decay: float
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float
+    """Gradients are clipped to this norm."""
+    temperature: float
+    """Softmax temperature of both models."""
+
+
+class QuantizeKeywords(StepKeywords, total=False):
+    """Of `quantize`."""
+
+    format: Required[str]
+    """bf16, fp16 (every float tensor is cast), bnb-int8 (alias int8), w8a16 or w8a8 (the decoder's linear layers;
+    embeddings, lm_head and vision stay).
+    """
+
+
+STEP_KEYWORDS: dict[str, Any] = {"prune": PruneKeywords, "distill": DistillKeywords, "quantize": QuantizeKeywords}
+# end

@@ -1,0 +1,78 @@
+"""What was chosen in every layer and what it cost: as the files beside the result, and as the state of a run.
+
+`importance.safetensors` holds `layers.N.GROUP.{cost,order,keep}`; importance.json says how they came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.criteria import CRITERIA, Ranking
+from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.plan import PrunePlan
+from compress.steps.types import Job
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What happened to one group of one layer. Errors are relative output errors on the calibration inputs, None
+    when no statistics were taken."""
+
+    ranking: Ranking
+    keep: torch.Tensor
+    error: float | None
+    error_without_refit: float | None
+
+
+Layers = Sequence[Mapping[str, Chosen]]  # one map of groups a layer
+
+
+def tensors(chosen: Layers) -> dict[str, torch.Tensor]:
+    """`layers.N.GROUP.{cost,order,keep}`: float32 and int32."""
+    found: dict[str, torch.Tensor] = {}
+    for index, groups in enumerate(chosen):
+        for name, one in groups.items():
+            prefix = f"layers.{index}.{name}"
+            found[f"{prefix}.cost"] = one.ranking.cost.to(torch.float32).contiguous()
+            found[f"{prefix}.order"] = one.ranking.order.to(torch.int32)
+            found[f"{prefix}.keep"] = one.keep.to(torch.int32)
+    return found
+
+
+def errors(chosen: Layers) -> list[dict[str, Any]]:
+    """The errors of every layer, by group."""
+    return [
+        {name: {"error": one.error, "error_without_refit": one.error_without_refit} for name, one in groups.items()}
+        for groups in chosen
+    ]
+
+
+def restored(found: Mapping[str, torch.Tensor], said: Sequence[Mapping[str, Any]]) -> list[dict[str, Chosen]]:
+    """What `tensors` and `errors` were made from."""
+    return [
+        {name: _restored(found, f"layers.{index}.{name}", errors) for name, errors in groups.items()}
+        for index, groups in enumerate(said)
+    ]
+
+
+def _restored(found: Mapping[str, torch.Tensor], prefix: str, said: Mapping[str, Any]) -> Chosen:
+    ranking = Ranking(found[f"{prefix}.order"].long(), found[f"{prefix}.cost"])
+    return Chosen(ranking, found[f"{prefix}.keep"].long(), said["error"], said["error_without_refit"])
+
+
+def document(job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, digest: str) -> dict[str, Any]:
+    """importance.json. `digest`: of the calibration text."""
+    groups = job.family.groups(job.family.sizes(plan.before), plan.before.text_config)
+    return {
+        "criterion": options.criterion,
+        "paper": CRITERIA[options.criterion].paper,
+        "damping": options.damping,
+        "refit": options.refit,
+        "calibration_sha256": digest,
+        "groups": {g.name: {"units": g.units, "keep": plan.keep[g.name], "balance": g.balance} for g in groups},
+        "layers": [{"layer": index, "groups": said} for index, said in enumerate(errors(chosen))],
+    }
