@@ -32,10 +32,10 @@ class Clock:
         yield self
 
     def advance(self, by: int = 1) -> None:
-        del by
-        now = time.perf_counter()
-        self.tasks[-1]["seconds"].append(round(now - self._last, 4))
-        self._last = now
+        if by:  # 0: nothing of an interrupted run was taken over
+            now = time.perf_counter()
+            self.tasks[-1]["seconds"].append(round(now - self._last, 4))
+            self._last = now
 
     def note(self, line: str) -> None:
         del line

@@ -111,8 +111,9 @@ def run(
 def prune(model: str | Path, out: str | Path, *, data: Data | None = None, **keywords: Unpack[PruneKeywords]) -> Result:
     """Remove query heads and FFN neurons into a new checkpoint `out`, and refit what reads them.
 
-    `data` is the calibration text, 64 windows of 512 tokens by default: a source ("builtin", a .txt or .jsonl file)
-    or a mapping with the keys source, samples, length. Keywords that are no option, and the errors, are those of `run`.
+    `data` is the calibration text, 64 windows of 512 tokens by default: a source (a file, a folder, "builtin", "self",
+    "hub:NAME:SPLIT") or a mapping with the keys source, samples, length. Keywords that are no option, and the errors,
+    are those of `run`.
     """
     return _lone("prune", model, out, keywords, data=data)
 

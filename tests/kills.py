@@ -163,15 +163,17 @@ def _arguments(model: Path, out: Path) -> list[str]:
 
 
 def _uninterrupted(folder: Path, model: Path, start: Start) -> tuple[dict[str, str], float]:
-    """Digests of what a run leaves that nobody disturbs, and the seconds from its work folder to its end."""
+    """Digests of what a run leaves that nobody disturbs, and the seconds from its work folder to its OUT."""
     out, log = folder / "whole", folder / "whole.log"
     running = start(_arguments(model, out), log)
-    _until_begun(running, out)
+    _until(running, out.with_name(out.name + ".work"))
     begun = time.monotonic()
+    _until(running, out)
+    span = time.monotonic() - begun
     code = running.wait(PATIENCE)
     if code != 0:
         raise RuntimeError(f"the uninterrupted run ended with exit code {code}: {_last(log)}")
-    return digests(out), time.monotonic() - begun
+    return digests(out), span
 
 
 def _kill(
@@ -181,7 +183,7 @@ def _kill(
     anew and killed earlier. The moment it was, and the exit code."""
     while True:
         running = start(arguments, log)
-        _until_begun(running, out)
+        _until(running, out.with_name(out.name + ".work"))
         time.sleep(moment)
         if running.poll() is None:
             running.kill()
@@ -192,13 +194,13 @@ def _kill(
         moment *= draw.random()
 
 
-def _until_begun(running: Running, out: Path) -> None:
-    work = out.with_name(out.name + ".work")
+def _until(running: Running, path: Path) -> None:
+    """Wait for `path` to appear, or for the process to end without it."""
     give_up = time.monotonic() + PATIENCE
-    while not work.exists() and running.poll() is None:
+    while not path.exists() and running.poll() is None:
         if time.monotonic() > give_up:
             running.kill()
-            raise TimeoutError(f"{work.name} did not appear within {PATIENCE:.0f} s")
+            raise TimeoutError(f"{path.name} did not appear within {PATIENCE:.0f} s")
         time.sleep(POLL)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partialmethod
 from typing import Any
 
 
@@ -18,9 +17,14 @@ def quiet(*logs: Any) -> Iterator[None]:
 
     from tqdm.std import tqdm
 
+    begin = tqdm.__init__
+
+    def silent(self: Any, *given: Any, **named: Any) -> None:  # some callers say disable=False themselves
+        begin(self, *given, **{**named, "disable": True})
+
     with ExitStack() as undo:
         for log in logs:
             undo.callback(log.set_verbosity, log.get_verbosity())
             log.set_verbosity_error()
-        undo.enter_context(patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True)))
+        undo.enter_context(patch.object(tqdm, "__init__", silent))
         yield

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
 
+from compress.data.quiet import quiet as silence
 from compress.errors import UserError
 
 
@@ -57,25 +57,17 @@ def quiet() -> Iterator[None]:
     Loaders of quantized checkpoints draw bars of their own, past transformers' switch: tqdm itself is turned off.
     Errors still raise.
     """
-    from tqdm.std import tqdm
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    begin = tqdm.__init__
-
-    def silent(self: Any, *given: Any, **named: Any) -> None:  # compressed-tensors says disable=False itself
-        begin(self, *given, **{**named, "disable": True})
-
-    try:
-        with patch.object(tqdm, "__init__", silent):
+    bars = logging.is_progress_bar_enabled()
+    with silence(logging):
+        logging.disable_progress_bar()
+        try:
             yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        finally:
+            if bars:
+                logging.enable_progress_bar()
 
 
 def _one_line(error: BaseException) -> str:

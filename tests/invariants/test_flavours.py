@@ -13,10 +13,12 @@ from torch import nn
 from transformers import Glm4vForConditionalGeneration
 from transformers.models.glm4v import modeling_glm4v
 
+import compress
 from compress.arch import family_of
 from compress.arch.rope import HALF_SPLIT, INTERLEAVED, arranged, row_orders
 from compress.checkpoint.headers import read_header
 from compress.cli import main
+from compress.errors import UserError
 from compress.receipt import load_receipt
 from tests import tiny
 from tests.invariants.test_prune import masked_weights, prune
@@ -116,6 +118,8 @@ def test_the_flavours_differ_in_the_rotary_rows_alone(tmp_path: Path) -> None:
     assert "stock transformers does not load this flavour" in said and "loaded by vLLM (its own class)" in said
     assert "Stock transformers does not load this folder" in (native / "README.md").read_text()
     assert "from_pretrained" in (portable / "README.md").read_text()
+    with pytest.raises(UserError, match="the flavour native of glm4v is read by vLLM alone, and bnb-int8 by stock"):
+        compress.quantize(native, tmp_path / "unread", format="int8")
 
 
 def test_rows_in_the_wrong_order_load_silently_and_are_another_model(tmp_path: Path) -> None:

@@ -24,26 +24,13 @@ from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
 from compress.formats import FORMATS, Format, decoder_linears
 from compress.formats.packing import Packer
-from compress.machine import Machine, Silent
-from compress.steps.quantize.options import QuantizeOptions
-from compress.steps.quantize.plan import plan
-from compress.steps.quantize.run import run
-from compress.steps.types import Job, Outcome, PlanContext
 from tests import stock, tiny
 from tests.matrix import CASES, DTYPES, LOADED, Case
+from tests.unit.test_quantize import divergence, quantize
 
 torch.set_num_threads(1)
 ROUNDED = ("bnb-int8", "w8a8")  # whoever runs them rounds activations as well
 PACKED = ("bnb-int8", "w8a16", "w8a8")
-
-
-def quantize(source: Path, target: Path, how: str, shard_bytes: int = SHARD_BYTES) -> Outcome:
-    header = read_header(source)
-    complaints: list[Any] = []
-    context = PlanContext(data={}, teacher=None, threads=1, shard_bytes=shard_bytes)
-    made = plan(header, QuantizeOptions(format=how), context, lambda *said: complaints.append(said))
-    assert made is not None and complaints == []
-    return run(Job(made, family_of(header), source, target, None, {}, 0, Machine(1), Silent(), shard_bytes))
 
 
 def restored(how: Format, reader: Reader, module: str, dtype: torch.dtype) -> torch.Tensor:
@@ -56,12 +43,6 @@ def exact(model: nn.Module, folder: Path, how: Format) -> dict[str, torch.Tensor
     dtype = next(model.parameters()).dtype
     with Reader(folder) as reader:
         return {f"{module}.weight": restored(how, reader, module, dtype) for module in how.linears(reader.header)}
-
-
-def divergence(reference: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
-    """Mean KL(reference || found) over positions, and the share of equal first choices."""
-    p, q = reference.log_softmax(-1), found.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean()), float((p.argmax(-1) == q.argmax(-1)).float().mean())
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +63,7 @@ def test_stock_transformers_has_the_weights_and_logits_that_were_meant(
     case: Case, sources: Path, tmp_path: Path
 ) -> None:
     how, source, target = FORMATS[case.how], case.source(sources), tmp_path / "out"
-    quantize(source, target, case.how, 100_000 if case.sharded else SHARD_BYTES)
+    quantize(source, target, case.how, shard_bytes=100_000 if case.sharded else SHARD_BYTES)
     assert (len(list(target.glob("*.safetensors"))) > 1) == case.sharded
     model = stock.load(target, DTYPES[case.load])
     ids = torch.randint(0, 190, (2, 64), generator=torch.Generator().manual_seed(1))

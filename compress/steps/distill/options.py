@@ -23,4 +23,4 @@ class DistillOptions(StepOptions):
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the steps that warm up linearly.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Softmax temperature of both models.")
+    temperature: Annotated[float, Field(gt=0, le=1000)] = Field(1.0, description="Softmax temperature of both models.")

@@ -82,6 +82,6 @@ class PruneOptions(StepOptions):
         "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
     )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
-    damping: Annotated[float, Field(gt=0)] = Field(
+    damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."
     )

@@ -23,6 +23,10 @@ def plan(before: Header, options: QuantizeOptions, context: PlanContext, complai
     if how is None:
         return None
     family = family_of(before)
+    if family.stock is not None and how.name == "bnb-int8":
+        unread = "the flavour native of glm4v is read by vLLM alone, and bnb-int8 by stock transformers alone"
+        complain("format", unread, "w8a8 for vLLM, or prune with flavour portable")
+        return None
     linears = decoder_linears(before, family)
     other = next((t for t in (before.tensors[f"{m}.weight"] for m in linears) if t.dtype not in FLOATS), None)
     if other is not None:
