@@ -97,9 +97,8 @@ def kills(rows: list[Row]) -> str:
         lines = []
         for trial in found["trials"]:
             stood = ", ".join(name for name in trial["stood"] if not name.startswith("."))
-            result = "; ".join(trial["wrong"]) or ("finished before" if trial["finished"] else "same bytes")
-            reused = "" if trial["finished"] else f"{trial['reused']} of {trial['steps']}"
-            lines.append((f"{trial['moment']:.2f}", stood, reused, result))
+            reused = f"{trial['reused']} of {trial['steps']}"
+            lines.append((f"{trial['moment']:.2f}", stood, reused, "; ".join(trial["wrong"]) or "same bytes"))
         header = ("killed after, s", "what stood in the work folder", "steps reused", "then")
         met = "met" if found["same"] == count >= KILLS else "**missed**"
         parts.append(

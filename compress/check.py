@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from compress.arch import Family, family_of
-from compress.checkpoint.headers import Header, read_json
+from compress.checkpoint.headers import read_json
 from compress.checkpoint.reader import TORCH_DTYPES, Reader
-from compress.errors import SelfCheckError, UserError
+from compress.errors import CompressError, SelfCheckError, UserError
 from compress.formats import open_stream
 from compress.machine import Machine, Progress
 from compress.steps.types import Outcome, StepPlan
@@ -54,13 +54,17 @@ def self_check(
     return report, full_load
 
 
-def check_source(folder: Path, header: Header) -> None:
-    """Refuse, before any work, what stock transformers would not load as it is: a UserError names the first tensor that
-    is missing, of another shape or too many. Plans have compared the decoder; this is for all the rest."""
+def check_source(folder: Path) -> None:
+    """Refuse, before any work, what stock transformers would not load or run as it is: UserError names the first tensor
+    that is missing, of another shape or too many. Plans have compared the decoder; this is for all the rest."""
     try:
-        _stock_keys(folder, family_of(header))
+        with Reader(folder) as reader:
+            _stock_keys(folder, family_of(reader.header))
+            open_stream(reader, torch.float32)  # rehearses a layer
     except SelfCheckError as error:
         raise UserError(error.message) from None
+    except CompressError:
+        raise
     except Exception as error:  # shapes that it will not take, a config that it will not build
         raise UserError(f"{folder.name}/config.json: stock transformers does not load it: {_told(error)}") from error
 

@@ -156,7 +156,8 @@ class _Run:
         started = time.time()
         for note in self.plan.notes:
             self.progress.note(note)
-        check_source(self.plan.source.folder, self.plan.before)
+        for folder in dict.fromkeys(source.folder for source in (self.plan.source, self.plan.teacher) if source):
+            check_source(folder)
         self.units = units(self.plan, self.machine, self.place.shard_bytes, self.progress)
         folder = self.plan.source.folder
         if self.recipe.evaluate != "never":

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -45,12 +45,11 @@ PRELOADED = [
 @dataclass(frozen=True)
 class Trial:
     """One kill. `moment`: seconds after the work folder appeared. `stood`: what lay in it when the process was gone.
-    `finished`: OUT was there already. `reused`: steps that the second run took over, `steps` of how many. `wrong`: what
+    `reused`: steps that the second run took over, `steps` of how many. `wrong`: what
     differs from an uninterrupted run; empty when nothing does."""
 
     moment: float
     stood: tuple[str, ...]
-    finished: bool
     reused: int
     steps: int
     wrong: tuple[str, ...]
@@ -121,22 +120,22 @@ def trials(folder: Path, count: int, *, seed: int = 0, start: Start = forked) ->
     draw = random.Random(seed)
     for index in range(count):
         out, log = folder / f"killed-{index}", folder / f"killed-{index}.log"
-        arguments = _arguments(model, out)
-        moment, code = _kill(arguments, out, log, (index + draw.random()) / count * span, draw, start)
+        arguments, moment = _arguments(model, out), (index + draw.random()) / count * span
+        while (code := _kill(arguments, out, log, moment, start)) in (0, -signal.SIGKILL) and out.exists():
+            if differences := _differences(out, expected):
+                raise RuntimeError(f"a run left an OUT that is not whole: {differences[0]}")
+            shutil.rmtree(out)  # it was done by then: kill another one earlier
+            shutil.rmtree(out.with_name(out.name + ".work"), ignore_errors=True)
+            moment *= draw.random()
         stood = tuple(sorted(path.name for path in out.with_name(out.name + ".work").glob("*")))
-        finished = out.exists()
-        wrong = [] if code == -signal.SIGKILL else [f"exit code {code} before it was killed: {_last(log)}"]
-        if not finished and not wrong:
+        if code == -signal.SIGKILL:
             code = start(arguments, log).wait(PATIENCE)
-            wrong += [] if code == 0 else [f"exit code {code} when started again: {_last(log)}"]
-            wrong += [f"left behind: {path.name}" for path in _beside(out)]
-        found = digests(out)
-        wrong += sorted(
-            f"{name} differs" for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
-        )
+            wrong = [] if code == 0 else [f"exit code {code} when started again: {_last(log)}"]
+            wrong += [f"left behind: {path.name}" for path in _beside(out)] + _differences(out, expected)
+        else:
+            wrong = [f"exit code {code} before it was killed: {_last(log)}"]
         wrong += [] if digests(model) == source else ["the source was changed"]
-        reused, steps = (0, 0) if finished else _reused(out)
-        yield Trial(round(moment, 3), stood, finished, reused, steps, tuple(wrong))
+        yield Trial(round(moment, 3), stood, *_reused(out), tuple(wrong))
         shutil.rmtree(out, ignore_errors=True)
 
 
@@ -144,6 +143,12 @@ def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder` but the one that holds times."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != APART)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _differences(out: Path, expected: Mapping[str, str]) -> list[str]:
+    found = digests(out)
+    names = sorted(found.keys() | expected.keys())
+    return [f"{name} differs" for name in names if found.get(name) != expected.get(name)]
 
 
 def _arguments(model: Path, out: Path) -> list[str]:
@@ -176,22 +181,14 @@ def _uninterrupted(folder: Path, model: Path, start: Start) -> tuple[dict[str, s
     return digests(out), span
 
 
-def _kill(
-    arguments: Sequence[str], out: Path, log: Path, moment: float, draw: random.Random, start: Start
-) -> tuple[float, int]:
-    """Start a run and kill it `moment` seconds after its work folder appeared; one that was done by then is started
-    anew and killed earlier. The moment it was, and the exit code."""
-    while True:
-        running = start(arguments, log)
-        _until(running, out.with_name(out.name + ".work"))
-        time.sleep(moment)
-        if running.poll() is None:
-            running.kill()
-        code = running.wait(PATIENCE)
-        if code != 0:
-            return moment, code
-        shutil.rmtree(out)
-        moment *= draw.random()
+def _kill(arguments: Sequence[str], out: Path, log: Path, moment: float, start: Start) -> int:
+    """Start a run and kill it `moment` seconds after its work folder appeared; its exit code, 0 if it was faster."""
+    running = start(arguments, log)
+    _until(running, out.with_name(out.name + ".work"))
+    time.sleep(moment)
+    if running.poll() is None:
+        running.kill()
+    return running.wait(PATIENCE)
 
 
 def _until(running: Running, path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Broken safetensors headers and indexes of a real checkpoint, through the command line: one line, exit code 2."""
+"""Broken safetensors headers and indexes of a real checkpoint, through the command line: one line, exit code 2.
+
+And checkpoints whose headers are in order, but which stock transformers would not load or run: a plan, which looks at
+the decoder alone, lets them pass.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.headers import INDEX
 from tests import tiny
@@ -140,3 +146,55 @@ def test_broken_headers_are_refused(
     breaker, says = FAULTS[fault]
     breaker(model)
     refused(capsys, ["quantize", str(model), "-o", str(out), "--format", "bf16", "-q"], out, says)
+
+
+def config(change: Callable[[dict[str, Any]], None]) -> Breaker:
+    def apply(model: Path) -> None:
+        said = json.loads((model / "config.json").read_text())
+        change(said)
+        (model / "config.json").write_text(json.dumps(said))
+
+    return apply
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Breaker:
+    def apply(model: Path) -> None:
+        stored = load_file(model / "model.safetensors")
+        change(stored)
+        save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+PROJ = "model.visual.merger.proj.weight"
+BEYOND: dict[str, tuple[Breaker, list[str]]] = {
+    "vision of other sizes": (
+        config(lambda said: said["vision_config"].update(image_size=70)),
+        ["stock transformers", "mismatched_keys", "position_embedding"],
+    ),
+    "vision tensor missing": (weights(lambda stored: void(stored.pop(PROJ))), ["stock transformers", "missing", PROJ]),
+    "a tensor too many": (weights(lambda stored: stored.update(extra=torch.zeros(2))), ["unexpected", "extra"]),
+    "rope that does not add up": (
+        config(lambda said: said["text_config"]["rope_parameters"].update(mrope_section=[1, 9, 0])),
+        ["config.json", "cannot run it", "[1, 9, 0]"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.glm4v(tmp_path_factory.mktemp("vision") / "model")
+
+
+@pytest.mark.parametrize("fault", BEYOND)
+def test_what_stock_transformers_would_not_take_is_refused_before_the_work(
+    fault: str, vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, out = tmp_path / "broken", tmp_path / "results" / "out"
+    shutil.copytree(vision, broken)
+    out.parent.mkdir()
+    breaker, says = BEYOND[fault]
+    breaker(broken)
+    text = ["--samples", "2", "--length", "32", "-q"]
+    refused(capsys, ["prune", str(broken), "-o", str(out), "--ffn", "0.25", *text], out, says)
+    refused(capsys, ["distill", str(vision), "--teacher", str(broken), "-o", str(out), *text], out, says)

@@ -114,10 +114,13 @@ def test_written_is_planned_and_stock_logits_are_the_outcome(case: Case, pico_mo
         assert torch.equal(open_stream(reader, torch.float32).logits(outcome.probe), outcome.logits)
     kl, _ = divergence(reference, logits)
     assert kl <= 0.05
-    assert torch.equal(reference, logits) == ((case.dtype, case.how) in [("BF16", "bf16"), ("F16", "fp16")])
+    if FORMATS[case.how].method or (case.dtype, case.how) == ("F32", "bf16"):
+        assert not torch.equal(reference, logits)
+    if (case.dtype, case.how) in [("BF16", "bf16"), ("F16", "fp16")]:
+        assert torch.equal(reference, logits)
 
 
-@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("how", [name for name in FORMATS if name != "bnb-int8"])
 def test_a_family_that_only_vllm_loads_is_quantized_as_well(how: str, tmp_path: Path) -> None:
     """No stock class judges it; what the step computed in memory is what its stored tensors give."""
     source = tiny.glm4v_native(tmp_path / "source", dtype=torch.bfloat16)

@@ -243,7 +243,7 @@ def test_whatever_is_dumped_loads_to_an_equal_recipe() -> None:
     for _ in range(200):
         source, model = dice.choice(awkward), dice.choice(awkward)
         steps = [
-            StepEntry(kind="prune", options=PruneOptions(ffn=dice.random(), damping=10.0 ** dice.randint(-9, 9))),
+            StepEntry(kind="prune", options=PruneOptions(ffn=dice.random(), damping=10.0 ** dice.randint(-9, 6))),
             StepEntry(kind="distill", options=DistillOptions(learning_rate=dice.random() * 1e-5 + 1e-9, batch=2)),
             StepEntry(kind="quantize", options=QuantizeOptions(format=dice.choice(list(FORMATS)))),
         ]
