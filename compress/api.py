@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from compress.complaints import in_one_line
 from compress.data import DataSpec
 from compress.errors import UserError, did_you_mean
-from compress.machine import Machine, Progress
+from compress.machine import Machine, Progress, Silent
 from compress.recipe import Recipe, find, load, part_default
 from compress.signatures import (
     DEFAULTS,
@@ -157,21 +157,15 @@ def evaluate(
     """Perplexity of a model, streamed layer by layer, and with a reference the distance from it.
 
     `data` is the evaluation text, all of it in windows of 512 tokens by default; as in `prune`. Raises UserError when
-    a model or the text cannot be read, when config.json contradicts the tensors, or when the
-    reference has another vocabulary; MachineError when the hidden states of all windows do not fit in memory.
+    a model or the text cannot be read, when config.json contradicts the tensors, or when the reference has another
+    vocabulary; MachineError when the hidden states of all windows do not fit in memory.
     """
-    from compress.arch import family_of
-    from compress.checkpoint.headers import read_header
     from compress.checkpoint.source import locate
-    from compress.plan import check_shapes
 
-    spec = _data(data, "evaluation")
-    other = None if reference is None else locate(str(reference)).folder
-    folder = locate(str(model)).folder
-    for each in dict.fromkeys([folder] if other is None else [folder, other]):
-        header = read_header(each)
-        if lines := check_shapes(each, family_of(header), header):
-            raise UserError("\n".join(lines))
+    spec, told = _data(data, "evaluation"), progress or Silent()
+    other = None if reference is None else locate(str(reference), progress=told).folder
+    folder = locate(str(model), progress=told).folder
+    _check_shapes(folder, *([] if other is None else [other]))
     with _left_as_it_was():
         from compress.steps.evaluate.run import evaluate as measure
 
@@ -184,6 +178,20 @@ def load_receipt(folder: str | Path) -> Receipt:
     from compress import receipt
 
     return cast(Receipt, receipt.load_receipt(folder))
+
+
+def _check_shapes(*folders: Path) -> None:
+    """Refuse checkpoints whose tensors are not those that their config.json implies: one line for each complaint."""
+    from compress.arch import family_of
+    from compress.checkpoint.headers import read_header
+    from compress.plan import check_shapes
+
+    lines: list[str] = []
+    for folder in dict.fromkeys(folders):
+        header = read_header(folder)
+        lines += check_shapes(folder, family_of(header), header)
+    if lines:
+        raise UserError(lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems:", *lines]))
 
 
 def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str]) -> tuple[Recipe, str]:

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -127,7 +128,7 @@ def trials(folder: Path, count: int, *, seed: int = 0, start: Start = forked) ->
             shutil.rmtree(out)  # it was done by then: kill another one earlier
             shutil.rmtree(out.with_name(out.name + ".work"), ignore_errors=True)
             moment *= draw.random()
-        stood = tuple(sorted(path.name for path in out.with_name(out.name + ".work").glob("*")))
+        stood = _standing(out.with_name(out.name + ".work"))
         if code == -signal.SIGKILL:
             code = start(arguments, log).wait(PATIENCE)
             wrong = [] if code == 0 else [f"exit code {code} when started again: {_last(log)}"]
@@ -189,6 +190,12 @@ def _kill(arguments: Sequence[str], out: Path, log: Path, moment: float, start: 
     if running.poll() is None:
         running.kill()
     return running.wait(PATIENCE)
+
+
+def _standing(work: Path) -> tuple[str, ...]:
+    """The names in a work folder, digests left out."""
+    names = {re.sub(r"-[0-9a-f]{16}\b", "", path.name) for path in work.glob("*")}
+    return tuple(sorted(name for name in names if not name.startswith(".")))
 
 
 def _until(running: Running, path: Path) -> None:

@@ -34,7 +34,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-CHUNK = 64 * 2**20
+CHUNK = 8 * 2**20  # larger buffers are mapped anew for every read, and their page faults cost more than the read
 
 
 class Reader:
@@ -78,11 +78,11 @@ class Reader:
         parts = []
         for start, stop in _runs(wanted):
             parts.append(self._read(spec, start * width, (stop - start) * width))
-        value = torch.cat(parts).reshape(len(wanted), *spec.shape[1:])
+        value = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(len(wanted), *spec.shape[1:])
         return value if dtype is None else value.to(dtype)
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor's bytes in order, as flat tensors of its own dtype of at most 64 MiB: for plain copies."""
+        """The tensor's bytes in order, as flat tensors of its own dtype of at most CHUNK bytes: for plain copies."""
         spec = self.spec(name)
         for start in range(0, spec.nbytes, CHUNK):
             yield self._read(spec, start, min(CHUNK, spec.nbytes - start))

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,32 +39,13 @@ def evaluate(
     spec, seed = data.spec("evaluation"), data.seed_number()
     if output is not None:
         check_writable(output, overwrite)
-    from compress.checkpoint.source import locate
+    from compress.api import evaluate as measure
 
     with screen:
-        other = None if reference is None else locate(reference).folder
-        folder = locate(model).folder
-        check_models([folder] if other is None else [folder, other])
-        from compress.steps.evaluate.run import evaluate as measure
-
-        found = measure(folder, spec, limits, reference=other, seed=seed, progress=screen.progress)
+        found = measure(model, reference=reference, data=spec, seed=seed, machine=limits, progress=screen.progress)
     screen.evaluation(found, model, reference)  # before the file, whose disk may be full by now
     if output is not None:
         write_json(output, found)
-
-
-def check_models(folders: Iterable[Path]) -> None:
-    """Refuse checkpoints whose tensors are not those that their config.json implies: one line for each complaint."""
-    from compress.arch import family_of
-    from compress.checkpoint.headers import read_header
-    from compress.plan import check_shapes
-
-    lines: list[str] = []
-    for folder in dict.fromkeys(folders):
-        header = read_header(folder)
-        lines += check_shapes(folder, family_of(header), header)
-    if lines:
-        raise UserError(lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems:", *lines]))
 
 
 def check_writable(path: Path, overwrite: bool) -> None:
