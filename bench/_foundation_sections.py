@@ -1,4 +1,4 @@
-"""The sections on full width, on kills, and on peers' 8-bit weights; each renders the rows of one file."""
+"""The sections on full width, kills, damaged input, and peers' 8-bit weights; each renders the rows of one file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from _markdown import GIB, MIB, Row, by_setting, described, number, table, verdi
 from peers_quant import ROWS, Ours
 
 FUSED_PEAK, QUANTIZE_PEAK, QUANTIZE_WALL = 6.0, 2.5, 2.0  # GiB, GiB, times plain reading and writing
-KILLS = 20
-QUALITY = 1.005  # times a peer's perplexity: two correct roundings to 8 bits differ by less on 64 windows
+KILLS, DAMAGED = 20, 300
+QUALITY = 1.0  # times a peer's perplexity: not worse in any row
 
 FOUNDATION = """\
 A cut of GLM-4.1V-9B at full width with seeded random weights (`bench/make_checkpoint.py`): hidden size 4096, FFN 13696,
@@ -21,6 +21,11 @@ KILLED = """\
 `kill -9` at random moments of a run of three steps (prune, distil, quantize) on a pico glm4v, counted from when its
 work folder appears and spread over the whole run; then the same command once more. Same bytes: exit code 0, all of OUT
 but measured.json as an uninterrupted run leaves it, the source untouched, nothing left beside OUT.
+"""
+FUZZED = """\
+Checkpoints whose headers, index or config have bytes changed or cut off, and damaged recipes, each through the command
+line. Done: exit 0, and stock transformers loads the same from the same source; refused: exit 2 with one line or a list
+of problems, and OUT absent; gate: exit 3; machine: exit 4. Wrong: anything else, such as a traceback or a hang.
 """
 PEERS = """\
 SmolLM2-135M, every method a process of its own, others' in an environment of their own (`make peers-env`). Peak: of
@@ -96,7 +101,7 @@ def kills(rows: list[Row]) -> str:
         found, count = row["found"], row["key"]["kills"]
         lines = []
         for trial in found["trials"]:
-            stood = ", ".join(name for name in trial["stood"] if not name.startswith("."))
+            stood = ", ".join(trial["stood"])
             reused = f"{trial['reused']} of {trial['steps']}"
             lines.append((f"{trial['moment']:.2f}", stood, reused, "; ".join(trial["wrong"]) or "same bytes"))
         header = ("killed after, s", "what stood in the work folder", "steps reused", "then")
@@ -106,6 +111,21 @@ def kills(rows: list[Row]) -> str:
             f"- same bytes: {found['same']} of {count}, all of at least {KILLS}: {met}\n"
         )
     return "\n".join(parts)
+
+
+def fuzz(rows: list[Row]) -> str:
+    """One row a kind of input, and whether nothing was wrong with as many as are asked for."""
+    endings = list(dict.fromkeys(ending for row in rows for ending in row["found"]["endings"]))
+    lines, verdicts = [], []
+    for row in rows:
+        key, found = row["key"], row["found"]
+        counts = (str(found["endings"].get(ending, 0)) for ending in endings)
+        lines.append((key["kind"], str(key["count"]), str(key["seed"]), *counts, number(found["slowest_seconds"], 1)))
+        met = "met" if not found["wrong"] and key["count"] >= DAMAGED else "**missed**"
+        verdicts.append(
+            f"- {key['kind']}: {len(found['wrong'])} of {key['count']} wrong, 0 of {DAMAGED} allowed: {met}\n"
+        )
+    return f"{FUZZED}\n{table(('', 'cases', 'seed', *endings, 'slowest, s'), lines)}\n{''.join(verdicts)}"
 
 
 def peers_quant(rows: list[Row]) -> str:
@@ -158,10 +178,12 @@ def _versions(found: Mapping[str, Any]) -> str:
 
 
 def _peers_verdicts(ours: str, here: Mapping[str, Row]) -> Iterator[str]:
-    """Our first row of the group against every peer's: memory, then perplexity."""
-    if ours not in here:
-        return
-    peers = {name: one for name, one in here.items() if not isinstance(ROWS[name], Ours)}
-    for name, one in peers.items():
-        yield verdict(f"peak, {ours} over {name}", here[ours]["peak"] / one["peak"], 1.0, "times", 2)
-        yield verdict(f"perplexity, {ours} over {name}", here[ours]["ppl"] / one["ppl"], QUALITY, "times", 4)
+    """Against every peer: memory of each of our rows, perplexity of the first (all write the same bytes)."""
+    mine = [name for name in here if isinstance(ROWS[name], Ours)]
+    for name, one in here.items():
+        if name in mine:
+            continue
+        for own in mine:
+            yield verdict(f"peak, {own} over {name}", here[own]["peak"] / one["peak"], 1.0, "times", 2)
+        if ours in here:
+            yield verdict(f"perplexity, {ours} over {name}", here[ours]["ppl"] / one["ppl"], QUALITY, "times", 4)

@@ -51,7 +51,7 @@ this table has not seen the test split.
 """
 MEMORY = """\
 Peak of the whole process above a Python that has only imported torch, transformers and this package. `limited`: with
-`--memory` just above what the plan asks for, so that a result which needs more is checked by streaming only. `default`:
+the `--memory` that the plan asks for, so that a result which needs more is checked by streaming only. `default`:
 without it; the self-check then also loads the whole result in stock transformers wherever memory is free.
 """
 

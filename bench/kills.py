@@ -38,7 +38,7 @@ def measure(count: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for trial in kills.trials(Path(folder), count, seed=seed, start=kills.command):
             rows.append(dataclasses.asdict(trial))
-            stood = ", ".join(name for name in trial.stood if not name.startswith(".")) or "nothing"
+            stood = ", ".join(trial.stood) or "nothing"
             verdict = "; ".join(trial.wrong) or "same bytes"
             say(
                 f"killed after {trial.moment:6.2f} s ({stood}): {verdict}; {trial.reused} of {trial.steps} steps reused"

@@ -5,8 +5,8 @@
 SmolLM2 (64 x 512 tokens, 20 %), and a built llama of 8 and of 64 layers (8 x 512): memory must not grow with depth.
 Above what: the resident memory of a Python right after it has imported torch, transformers and this package.
 
-Every command runs twice. `limited`: with --memory just above what its plan asks for, so that the self-check leaves out
-its full load of a result that needs more, as it does for every model larger than memory. `default`: without that flag;
+Every command runs twice. `limited`: with the --memory that its plan asks for, so that the self-check leaves out its
+full load of a result that needs more, as it does for every model larger than memory. `default`: without that flag;
 wherever memory is free the full load is done, and that part of the peak grows with the model.
 """
 
@@ -21,12 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _process import PROGRAM, PYTHON, checkpoint, measured
+from _process import PYTHON, checkpoint, command, measured, recipe, weights
 from _results import ROOT, WORK, Results, options, say
 
 IMPORTS = "import torch, transformers, compress, compress.cli, compress.run"
-# just above the largest prediction of the plans: for the demo model, for the built ones
-LIMIT = {True: "380MiB", False: "640MiB"}
 VARIANTS = ("limited", "default")
 PRINT_RESIDENT = "print(next(x.split()[1] for x in open('/proc/self/status') if x.startswith('VmRSS:')))"
 
@@ -41,15 +39,12 @@ class Case:
     samples: int
     variant: str
 
-    def command(self, model: str, out: Path, length: int, threads: int | None) -> list[str]:
-        line = [*PROGRAM, self.step, model, "-o", str(out), "--overwrite", "-q"]
-        if self.variant == "limited":
-            line += ["--memory", LIMIT[self.layers is None]]
-        if self.step == "prune":
-            line += ["--ratio", "0.2", "--samples", str(self.samples), "--length", str(length)]
-        else:
-            line += ["--format", "int8"]
-        return line if threads is None else [*line, "--threads", str(threads)]
+    def recipe(self, model: str, length: int) -> Path:
+        """The case as a recipe file."""
+        options = {"prune": {"ratio": 0.2}, "quantize": {"format": "int8"}}
+        data = {"calibration": {"source": "builtin", "samples": self.samples, "length": length}}
+        steps = [{self.step: options[self.step]}]
+        return recipe(f"memory-{self.step}", {"model": model, "data": data, "steps": steps, "evaluate": "never"})
 
 
 def main() -> None:
@@ -89,9 +84,11 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     model = given.model if case.layers is None else str(_built(case.layers))
     out = WORK / f"memory-{case.step}"
     imports = resident_after_imports()
-    ran = measured(case.command(model, out, given.length, given.threads))
+    threads = given.threads or len(os.sched_getaffinity(0))
+    file = case.recipe(model, given.length)
+    ran = measured(command(file, out, threads, limited=case.variant == "limited"))
     (step,) = json.loads((out / "measured.json").read_text())["steps"]
-    weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    written = weights(out)
     shutil.rmtree(out)
     return {
         "peak": ran.peak,
@@ -100,9 +97,9 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
         "step_above": step["memory_peak"] - step["memory_before"],
         "predicted": step["memory_predicted"],
         "full_load": step["full_load"],
-        "weights_written": weights,
+        "weights_written": written,
         "seconds": round(ran.seconds, 1),
-        "threads": given.threads or len(os.sched_getaffinity(0)),
+        "threads": threads,
     }
 
 

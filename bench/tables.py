@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from _foundation_sections import foundation, kills, peers_quant
+from _foundation_sections import foundation, fuzz, kills, peers_quant
 from _markdown import Row, provenance
 from _results import ROOT, options
 from _sections import damping, demo, memory, pruning, startup
@@ -50,6 +50,7 @@ def render(folder: Path) -> str:
         ("Memory", "memory", memory),
         ("Full width", "foundation", foundation),
         ("Kills", "kills", kills),
+        ("Damaged input", "fuzz", fuzz),
         ("Peers: 8-bit weights, and pruning in memory", "peers_quant", peers_quant),
         ("Starting", "startup", startup),
     )
