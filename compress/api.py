@@ -94,7 +94,7 @@ def run(
 ) -> Result:
     """Carry out a recipe into the folder `out`, which appears whole or not at all.
 
-    `recipe` and `overrides` as in `plan`. `machine`: threads and memory, all there are by default; `overwrite`
+    `recipe` and `overrides` as in `plan`. `machine`: threads, memory, device, all there are by default; `overwrite`
     replaces an earlier result; `keep_work` keeps the steps' folders in OUT.work. Work that an earlier run left there is
     taken over, unless `fresh`; what fails leaves it, unless `discard`; `wait` for another run that writes `out`.
     `stop_after` so many steps it ends: the Result's `out` is then the last step's folder, its receipt empty.
@@ -157,8 +157,8 @@ def evaluate(
     """Perplexity of a model, streamed layer by layer, and with a reference the distance from it.
 
     `data` is the evaluation text, all of it in windows of 512 tokens by default; as in `prune`. Raises UserError when
-    a model or the text cannot be read, when config.json contradicts the tensors, or when the reference has another
-    vocabulary; MachineError when the hidden states of all windows do not fit in memory.
+    a model or the text cannot be read, when stock transformers would not take every tensor (a vision tower's too), or
+    when the reference has another vocabulary; MachineError when the hidden states of all windows do not fit in memory.
     """
     from compress.checkpoint.source import locate
 
@@ -167,8 +167,11 @@ def evaluate(
     folder = locate(str(model), progress=told).folder
     _check_shapes(folder, *([] if other is None else [other]))
     with _left_as_it_was():
+        from compress.check import check_source
         from compress.steps.evaluate.run import evaluate as measure
 
+        for one in dict.fromkeys([folder, *([] if other is None else [other])]):
+            check_source(one)
         found = measure(folder, spec, machine or Machine.detect(), reference=other, seed=seed, progress=progress)
     return cast(Evaluation, found)
 

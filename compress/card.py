@@ -1,4 +1,7 @@
-"""The model card (README.md) of a result, from its receipt: what it is made of, what was done, what it kept."""
+"""The model card (README.md) of a result, from its receipt: what it is made of, what was done, what it kept.
+
+A result that failed its gates says so before anything else, and the Python that it shows runs as it stands.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from typing import Any
 import yaml
 
 from compress.arch import described
+from compress.checkpoint.demo import DEMOS
 from compress.checkpoint.headers import read_json
+from compress.data import has_template
+from compress.formats import format_named
 
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
@@ -36,9 +42,11 @@ def model_card(receipt: dict[str, Any], source: Path) -> str:
         "",
         f"# {base}, compressed",
         "",
-        f"Made from `{base}` by [autoglm-compress](recipe.yaml) {receipt['autoglm_compress']}. "
+        *_rejection(receipt),
+        f"Made from `{base}` by autoglm-compress {receipt['autoglm_compress']} with [this recipe](recipe.yaml). "
         f"The licence of the {whose} applies ({licence.get('license', 'see its files')}).",
         "",
+        *_dequantized(base),
         "| step | what | parameters | bytes |",
         "|---|---|---:|---:|",
     ]
@@ -70,6 +78,25 @@ def _hub_ids(said: object) -> str | list[str] | None:
     if not names or not all(isinstance(name, str) and HUB_ID.fullmatch(name) for name in names):
         return None
     return said if isinstance(said, str) else [str(name) for name in names]
+
+
+def _rejection(receipt: Mapping[str, Any]) -> list[str]:
+    failed = (receipt.get("gates") or {}).get("failed")
+    return ["**Rejected: this result failed its gates.**", "", *(f"- {line}" for line in failed), ""] if failed else []
+
+
+def _dequantized(base: str) -> list[str]:
+    """What a GGUF stands for: whoever reads a ratio takes it for one to the original weights otherwise."""
+    kind, _, name = base.partition(":")
+    demo = DEMOS.get(name) if kind == "demo" else None
+    file = Path(demo.member).name if demo else base
+    if not file.endswith(".gguf"):
+        return []
+    told = (
+        f"The base model was itself read from the GGUF `{file}`, dequantized where that is quantized: every number "
+        "here is against those weights, not against the original model's."
+    )
+    return [told, ""]
 
 
 def _quality(receipt: dict[str, Any]) -> list[str]:
@@ -105,14 +132,29 @@ def _how(receipt: dict[str, Any], source: Path) -> list[str]:
     if not said["stock_transformers"]:
         others = " and ".join(said["loaded_by"])
         return [f"Stock transformers does not load this folder; {others} loads it while it is unquantized.", "", last]
-    auto = auto_class(config)
+    formats = [step["options"]["format"] for step in receipt["steps"] if "format" in step["options"]]
+    noisy = format_named(formats[-1]).noisy if formats else ""
+    return ["```python", *_python(auto_class(config), has_template(source), noisy), "```", "", last]
+
+
+def _python(auto: str, chat: bool, noisy: str) -> list[str]:
+    """A program that prints an answer of the model; `noisy`: a logger that would print a line at every product."""
+    quieted = [f'logging.getLogger("{noisy}").setLevel(logging.ERROR)  # it warns at every product', ""]
+    ask = [
+        'chat = [{"role": "user", "content": "What is the capital of France?"}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        ")",
+    ]
     return [
-        "```python",
+        *(["import logging", ""] if noisy else []),
         f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'model = {auto}.from_pretrained("THIS FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
-        "```",
-        "",
-        last,
+        *(quieted if noisy else []),
+        'folder = "."  # where this file lies',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"model = {auto}.from_pretrained(folder)",
+        *(ask if chat else ['inputs = tokenizer("The capital of France is", return_tensors="pt")']),
+        "answer = model.generate(**inputs.to(model.device), max_new_tokens=64)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]

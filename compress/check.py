@@ -1,8 +1,8 @@
 """The self-check: is the folder that was written the model that was meant?
 
 (1) Stock transformers builds it on the meta device from its own config and takes every key. (2) Its logits, streamed
-from the written bytes through the stock layer classes, equal what the step computed in memory. (3) Where memory
-allows, a full stock load gives the same logits again.
+from the written bytes through the stock layer classes, equal what the step computed in memory. (3) Stock transformers
+really loads it, with as many of its first layers as the memory takes that the plan asked for, and gives the same again.
 
 A family that stock transformers does not load (Family.stock) is checked through the equal stock class: (1) with its
 config, (2) as it is streamed, and without (3).
@@ -10,6 +10,7 @@ config, (2) as it is streamed, and without (3).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,28 @@ import torch
 from torch import nn
 
 from compress.arch import Family, family_of
-from compress.checkpoint.headers import read_json
+from compress.checkpoint.headers import DTYPE_BYTES, Header, read_json
 from compress.checkpoint.reader import TORCH_DTYPES, Reader
+from compress.checkpoint.stock import stock_class
 from compress.errors import CompressError, SelfCheckError, UserError
-from compress.formats import open_stream
-from compress.machine import Machine, Progress
+from compress.formats import format_of, open_stream
+from compress.machine import Progress
 from compress.steps.types import Outcome, StepPlan
-from compress.stream.stock import quiet, stock_class, stock_config
+from compress.stream.stock import quiet, stock_config
 
 STREAMED = 1e-4  # largest difference of two float32 computations, relative to the spread of the logits
-FULL_KL = 0.01  # nats between the stream and a full load, both in the stored dtype; the load rounds its logits to it
+LOAD_KL = 0.01  # nats between the stream and a stock load, both in the stored dtype; the load rounds its logits to it
+LOGITS = 4  # of the probe in float32, alive at once: two sides, and what compares them
 KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def self_check(
-    folder: Path, step: StepPlan, outcome: Outcome, machine: Machine, progress: Progress
+    folder: Path, step: StepPlan, outcome: Outcome, memory: int, progress: Progress
 ) -> tuple[dict[str, Any], str]:
-    """Check one step's output; SelfCheckError names what differs.
+    """Check one step's output; SelfCheckError names what differs. `memory`: bytes that a stock load may take.
 
-    Returns what was compared, for the receipt, and apart from it what became of the full load: whether memory allows
-    one depends on the moment.
+    Returns what was compared, for the receipt, and apart from it what became of the stock load: how much of it there is
+    room for depends on the machine.
     """
     with progress.task("checking the result", 3) as task:
         family = family_of(step.after)
@@ -44,14 +47,9 @@ def self_check(
         task.advance()
         report["streamed_logits"] = _streamed(folder, step, outcome)
         task.advance()
-        if family.stock is not None:
-            full_load = f"left out: stock transformers does not load {family.name}"
-        elif step.after.nbytes * 2 + outcome.logits.nbytes * 3 > machine.available_memory():
-            full_load = "left out: it needs more memory than there is"
-        else:
-            full_load = _full_load(folder, step, outcome)
+        stock_load = _stock_load(folder, family, step.after, outcome.probe[:1], memory)
         task.advance()
-    return report, full_load
+    return report, stock_load
 
 
 def check_source(folder: Path) -> None:
@@ -110,23 +108,46 @@ def _streamed(folder: Path, step: StepPlan, outcome: Outcome) -> str:
     return "equal" if difference == 0 else f"within {STREAMED:.0e} of their spread"
 
 
-def _full_load(folder: Path, step: StepPlan, outcome: Outcome) -> str:
+def _stock_load(folder: Path, family: Family, after: Header, ids: torch.Tensor, memory: int) -> str:
+    if family.stock is not None:
+        return f"left out: stock transformers does not load {family.name}"
+    layers = _loadable(family, after, ids, memory)
+    if not layers:
+        return "left out: not one layer of it fits in the memory that the plan asks for"
     # both in the stored dtype: where activations are rounded (INT8), float32 would be another function
-    dtype = TORCH_DTYPES[step.after.dtype]
-    ids = outcome.probe[:1]
+    dtype = TORCH_DTYPES[after.dtype]
+    total = family.sizes(after).layers
+    config = family.shallow(after, layers) if layers < total else after.config
     with Reader(folder) as reader:
-        streamed = open_stream(reader, dtype).logits(ids)
-    divergence = _divergence(_full_logits(folder, ids, dtype), streamed)
-    if not divergence <= (1e-6 if dtype == torch.float32 else FULL_KL):
-        raise SelfCheckError(f"{folder.name}: a full load in stock transformers differs by KL {divergence:.3g} nats")
-    return "same distribution"
+        streamed = open_stream(reader, dtype, config).logits(ids)
+    divergence = _divergence(_stock_logits(folder, config, ids, dtype), streamed)
+    if not divergence <= (1e-6 if dtype == torch.float32 else LOAD_KL):
+        raise SelfCheckError(
+            f"{folder.name}: {layers} of {total} layers loaded by stock transformers differ by KL {divergence:.3g} nats"
+        )
+    return f"{layers} of {total} layers: same distribution"
+
+
+def _loadable(family: Family, after: Header, ids: torch.Tensor, memory: int) -> int:
+    """How many of the first layers a stock load may have: the loader holds what is stored, mapped and copied, and for
+    packed linears the weights that it restores."""
+    sizes, prefix = family.sizes(after), family.prefix(0)
+    width, logical = DTYPE_BYTES[after.dtype], format_of(after).logical(after)
+    layer = sum(2 * t.nbytes for name, t in after.tensors.items() if name.startswith(prefix))
+    layer += sum(width * t.parameters for name, t in logical.items() if name.startswith(prefix))
+    inside = f"{family.text}.layers."
+    rest = sum(2 * t.nbytes for name, t in after.tensors.items() if not name.startswith(inside))
+    rest += LOGITS * ids.numel() * sizes.vocab * 4
+    return max(0, min(sizes.layers, (memory - rest) // layer))
 
 
 @torch.no_grad()
-def _full_logits(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    kind = stock_class(read_json(folder / "config.json"), folder)
+def _stock_logits(folder: Path, config: Mapping[str, Any], ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    kind = stock_class(config, folder)
     with quiet():  # compressed-tensors decompresses at the first forward, with a bar
-        model: nn.Module = kind.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        model: nn.Module = kind.from_pretrained(
+            folder, config=stock_config(config), dtype=dtype, local_files_only=True
+        ).eval()
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float()
 

@@ -11,10 +11,15 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -26,15 +31,25 @@ from compress.errors import (
     INTERRUPTED,
     MACHINE,
     OK,
+    TERMINATED,
     USAGE,
     CompressError,
     Interrupted,
     SelfCheckError,
     did_you_mean,
+    interrupted,
 )
+from compress.report import colours, in_json
 
 PROGRAM = "autoglm-compress"
+GRACE = 2.0  # seconds after a signal in which another one is taken for the same
 _BROKEN_PIPE = 1  # as Python and Typer end when nobody reads on
+_SMALLER = {  # what helps a command that ran out of memory
+    "prune": "fewer --samples or a smaller --length",
+    "evaluate": "fewer --samples or a smaller --length",
+    "distill": "a smaller --batch or --length",
+    "run": f"{PROGRAM} plan shows what every step needs",
+}
 
 app = typer.Typer(
     name=PROGRAM,
@@ -103,7 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels that nothing here uses
-    with warnings.catch_warnings():
+    if colours() is None:
+        from typer import rich_utils  # the pages of --help
+
+        rich_utils.COLOR_SYSTEM = None
+    with _Signals() as signals, warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")
         try:
@@ -114,42 +133,100 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code if isinstance(code, int) else OK
         except SystemExit as leave:  # Typer's own answer to a broken pipe
             return leave.code if isinstance(leave.code, int) else BUG
-        except KeyboardInterrupt:
-            return _fail("interrupted", None, INTERRUPTED)
-        except Interrupted as stopped:
-            again = shlex.join([PROGRAM, *(word for word in given if word != "--fresh")])
-            return _fail("interrupted", f"{stopped.message}; to go on: {again}", INTERRUPTED)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
-            return _BROKEN_PIPE
-        except Exception as error:
-            return _report(error, verbose)
+            return _nobody_reads()
+        except (Exception, KeyboardInterrupt) as error:
+            end = _end(error, given, signals.end)
+            if verbose and end.code == BUG and not isinstance(error, CompressError):
+                traceback.print_exception(error)
+            return _tell(end, "--json" in given)
 
 
-def _report(error: Exception, verbose: bool) -> int:
+class _Stopped(KeyboardInterrupt):
+    """Not KeyboardInterrupt itself: where that has left an `exec`, `python -m` ends by SIGINT, whatever we return."""
+
+
+class _Signals:
+    """While a command runs, SIGTERM is told like Ctrl-C: both raise KeyboardInterrupt, and what is finished is kept.
+
+    A second signal within GRACE seconds is dropped: people press twice and timeout(1) sends two, and neither may cut
+    the clean-up short that the first one began. Only in the main thread, and only where nobody else handles the signal.
+    """
+
+    def __init__(self) -> None:
+        self.end = ("interrupted", INTERRUPTED)
+        self._raised: float | None = None
+        self._before: list[tuple[int, Any]] = []
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+                if signal.getsignal(number) == usual:
+                    self._before.append((number, signal.signal(number, self._stop)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.pop())
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        now = time.monotonic()
+        if self._raised is not None and now - self._raised < GRACE:
+            return
+        self._raised = now
+        self.end = ("terminated", TERMINATED) if number == signal.SIGTERM else ("interrupted", INTERRUPTED)
+        raise _Stopped
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a command ended that was not done: the lines for people, the exit code, and what it found all the same."""
+
+    message: str
+    hint: str | None
+    code: int
+    document: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _end(error: BaseException, given: Sequence[str], stopped: tuple[str, int]) -> _End:
+    """What becomes of `error`. `stopped`: word and exit code where it is a signal."""
+    if isinstance(error, Interrupted):
+        again = shlex.join([PROGRAM, *(word for word in given if word != "--fresh")])
+        return _End(stopped[0], f"{error.message}; to go on: {again}", stopped[1])
+    if interrupted(error) or isinstance(error, typer.Abort):
+        return _End(stopped[0], None, stopped[1])
     if isinstance(error, SelfCheckError):
-        return _fail(f"self-check failed, nothing was put in place: {error.message}", error.hint, error.exit_code)
+        return _End(f"self-check failed, nothing was put in place: {error.message}", error.hint, error.exit_code)
     if isinstance(error, CompressError):
-        return _fail(error.message, error.hint, error.exit_code)
-    if isinstance(error, typer.Abort):
-        return _fail("interrupted", None, INTERRUPTED)
+        return _End(error.message, error.hint, error.exit_code, error.document)
     if hasattr(error, "format_message"):  # Typer's usage errors, whichever click it carries
-        return _fail(usage(error), f"{_command(error)} --help", USAGE)
+        return _End(usage(error), f"{_command(error)} --help", USAGE)
     if out_of_memory(error):
-        return _fail(f"out of memory ({_first_line(error)})", "fewer --samples or a smaller --length", MACHINE)
+        return _End(f"out of memory ({_first_line(error)})", _SMALLER.get(_verb(given)), MACHINE)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _fail(f"no space left for {error.filename or 'the result'}", None, MACHINE)
-    if verbose:
-        traceback.print_exception(error)
+        return _End(f"no space left for {error.filename or 'the result'}", None, MACHINE)
     what = f"{type(error).__name__}: {_first_line(error)}"
-    return _fail(f"internal error: {what} (this is our bug; rerun with -v)", None, BUG)
+    return _End(f"internal error: {what} (this is our bug; rerun with -v)", None, BUG)
 
 
-def _fail(message: str, hint: str | None, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
-    return code
+def _tell(end: _End, as_json: bool) -> int:
+    """One line and a hint on stderr; with --json one document on stdout besides."""
+    print(f"error: {end.message}", file=sys.stderr)
+    if end.hint:
+        print(f"hint: {end.hint}", file=sys.stderr)
+    if as_json:
+        error = {"message": end.message, "hint": end.hint, "exit_code": end.code}
+        try:
+            print(in_json({**end.document, "error": error}), flush=True)
+        except BrokenPipeError:
+            _nobody_reads()
+    return end.code
+
+
+def _nobody_reads() -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
+    return _BROKEN_PIPE
 
 
 def usage(error: Any) -> str:
@@ -169,6 +246,10 @@ def usage(error: Any) -> str:
     if unknown and context is not None:
         return f"no such command '{unknown[1]}'{did_you_mean(unknown[1], context.command.commands)}"
     return " ".join(str(error.format_message()).split()).rstrip(".")
+
+
+def _verb(given: Sequence[str]) -> str:
+    return next((word for word in given if not word.startswith("-")), "")
 
 
 def _command(error: Any) -> str:

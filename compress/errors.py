@@ -1,4 +1,4 @@
-"""The errors a user may see, and the exit code each one ends with.
+"""The errors a user may see, the exit code each one ends with, and the words that messages share.
 
 A `UserError` is one clear line and, where it helps, a hint; it never prints a traceback. Everything else that
 escapes a command is our bug and ends with code 1.
@@ -7,18 +7,23 @@ escapes a command is our bug and ends with code 1.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 OK = 0
 BUG = 1
 USAGE = 2
 GATE = 3
 MACHINE = 4
-INTERRUPTED = 130
+INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT, as shells count
+TERMINATED = 143  # 128 + SIGTERM
 
 
 class CompressError(Exception):
-    """One line for people, an optional hint, and the exit code the process ends with."""
+    """One line for people, an optional hint, and the exit code the process ends with.
+
+    `document`: what was found all the same, for the one JSON document that --json prints.
+    """
 
     exit_code = BUG
 
@@ -26,6 +31,7 @@ class CompressError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.document: Mapping[str, Any] = {}
 
 
 class UserError(CompressError):
@@ -51,7 +57,7 @@ class MachineError(CompressError):
 
 
 class Interrupted(CompressError):
-    """Ctrl-C, when a later run can go on: the message says what is kept."""
+    """Ctrl-C or SIGTERM, when a later run can go on: the message says what is kept."""
 
     exit_code = INTERRUPTED
 
@@ -73,3 +79,26 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     names = list(allowed)
     near = nearest(word, names)
     return f"; did you mean '{near}'?" if near else f"; allowed: {', '.join(names)}"
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether `error` is Ctrl-C, or what a library made of it: a fallback import turns it into an ImportError."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if isinstance(one, KeyboardInterrupt):
+            return True
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            left += [one.__cause__, one.__context__]
+    return False
+
+
+def size(nbytes: float) -> str:
+    """`268 B`, `12.9 KiB`, `256.6 MiB`, `19.2 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB" if nbytes < 1024 else f"{nbytes / 1024:.1f} TiB"

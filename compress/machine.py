@@ -1,7 +1,7 @@
 """What the machine brings (never part of a recipe), and how progress is told.
 
 Everything below `run` takes a `Machine` and a `Progress`; neither changes a byte of the result except through the
-thread count, which the receipt records.
+thread count and the device, which the receipt records.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Machine:
-    """`threads`: torch's intra-op threads. `memory`: bytes a run may use, None = what the machine has free."""
+    """`threads`: torch's intra-op threads. `memory`: bytes a run may use, None = what the machine has free. `device`:
+    cpu, cuda, or auto for cuda where there is one (device.py)."""
 
     threads: int
     memory: int | None = None
+    device: str = "cpu"
 
     @staticmethod
-    def detect(threads: int | None = None, memory: int | None = None) -> Machine:
+    def detect(threads: int | None = None, memory: int | None = None, device: str = "auto") -> Machine:
         """What is given; else the threads that OMP_NUM_THREADS allows, as everywhere around torch, or all cores."""
         allowed = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
         limit = int(allowed) if allowed.isdecimal() else 0
-        return Machine(threads=threads or limit or _cores(), memory=memory)
+        return Machine(threads=threads or limit or cores(), memory=memory, device=device)
 
     def available_memory(self) -> int:
         """Bytes this run may use: the limit given, else what the kernel says is available."""
@@ -37,7 +39,7 @@ class Machine:
         return int(psutil.virtual_memory().available)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use; where the system does not say (macOS), all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

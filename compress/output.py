@@ -31,14 +31,15 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: not a folder that can be written")
     if out.is_symlink():
         raise UserError(f"{out}: a link; name the folder it leads to")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already", hint="--overwrite replaces it")
     for folder in (out, rejected(out)):
         if os.path.lexists(folder) and not (folder / "receipt.json").is_file():
+            what = "no receipt.json" if folder.is_dir() else "no folder"
             raise UserError(
-                f"{folder}: exists and is not a result of ours (no receipt.json); it is not replaced",
+                f"{folder}: exists already and is not a result of ours ({what}); it is not replaced",
                 hint="move it away, or give another output folder",
             )
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists already", hint="--overwrite replaces it")
 
 
 def check_apart(out: Path, sources: Sequence[Source]) -> None:

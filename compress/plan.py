@@ -5,7 +5,6 @@ Every mistake that headers can show is found here, before a weight is read, and 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,17 @@ from compress.arch import Family, family_of
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.source import Source, locate
-from compress.data import BUILTIN, TOKENIZERS, DataSpec, Part, check, expected_tokens, sources
+from compress.data import BUILTIN, TOKENIZERS, DataSpec, Part, check, sources
 from compress.errors import GateError, MachineError, UserError
 from compress.formats import Plain, format_of
 from compress.machine import Machine, Progress, Silent
+from compress.needs import check_room, disk, needs, passes
 from compress.recipe import Recipe
 from compress.steps import STEPS
 from compress.steps.sampling import Author, authors_of
 from compress.steps.types import PlanContext, StepPlan
 
-SPARE = 64 * 2**20  # bytes of disk left over for what is small: tokenizer, receipt, scores
+_EVALUATED = "let evaluate be 'last' or 'each', or take the gate out"
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ class Plan:
         return disk(self.steps, self.passes)[index]
 
 
-def _flag(key: str) -> str:
-    """What a lone command calls the key of its one-step recipe; nothing for the step itself."""
+def _flag(path: str) -> str:
+    """What a lone command calls a key of its one-step recipe; nothing for the step itself."""
+    key = path.rpartition(".")[2]
     if key in STEPS or not key:
         return ""
     words = {"model": "MODEL", "calibration": "--data", "training": "--data", "evaluation": "--data"}
@@ -97,7 +98,7 @@ class _Complaints:
         self.machine: MachineError | None = None  # told only when nothing is wrong with the input
 
     def add(self, path: str, message: str, hint: str | None = None) -> None:
-        key = path if self.where is not None else _flag(path.rsplit(".", 1)[-1])
+        key = path if self.where is not None else _flag(path)
         parts = [part for part in (self.where, key) if part]
         self.lines.append(": ".join([*parts, message]))
         if hint and hint not in self.hints:
@@ -141,44 +142,18 @@ def make_plan(
     steps = _plan_steps(recipe, before, context, complaints)
     complaints.finish()
     _check_gates(recipe, steps[-1])
-    done_together = passes(recipe)
-    together = (sum(steps[index].memory for index in group) for group in done_together)
-    most = max([*together, *(author.memory() for author in authors.values())])
-    memory = most + _evaluation_memory(recipe, family, before)
-    room = max(disk(steps, done_together)) + SPARE
+    taken = needs(recipe, family, before, steps, authors)
     if check_machine:
         for author in authors.values():
             author.check(machine)
-        _check_machine(machine, memory, room, out)
+        more = "plan --no-machine shows the rest of the plan" if where else None
+        check_room(taken, machine, out, _flag if where is None else str, more)
     parameters = format_of(before).parameters(before, family)
-    shown = (memory, room) if check_machine else (None, None)
-    notes = _notes(recipe)
+    shown = (taken.memory, taken.disk) if check_machine else (None, None)
+    notes, together = _notes(recipe), passes(recipe)
     return Plan(
-        recipe, source, teacher[0] if teacher else None, family, before, parameters, steps, done_together, notes, *shown
+        recipe, source, teacher[0] if teacher else None, family, before, parameters, steps, together, notes, *shown
     )
-
-
-def passes(recipe: Recipe) -> tuple[tuple[int, ...], ...]:
-    """Indices of the steps by the pass that does them: one each, but for a fused prune and quantize."""
-    kinds = [entry.kind for entry in recipe.steps]
-    found: list[tuple[int, ...]] = []
-    for index, kind in enumerate(kinds):
-        if not recipe.keep_intermediate and kind == "quantize" and index and kinds[index - 1] == "prune":
-            found[-1] = (*found[-1], index)
-        else:
-            found.append((index,))
-    return tuple(found)
-
-
-def disk(steps: Sequence[StepPlan], done_together: Sequence[tuple[int, ...]]) -> list[int]:
-    """Bytes that the work folder holds at most during each step."""
-    held, found = 0, []
-    for group in done_together:
-        written = steps[group[-1]].nbytes
-        states = max(steps[index].scratch for index in group)
-        found += [held + written + states] * len(group)
-        held = written
-    return found
 
 
 def _plan_steps(recipe: Recipe, before: Header, context: PlanContext, complaints: _Complaints) -> tuple[StepPlan, ...]:
@@ -229,7 +204,7 @@ def _check_data(
             k for k in ("max_perplexity_ratio", "max_kl", "min_top1_agreement") if getattr(recipe.gates, k) is not None
         ]
         if quality:
-            problems.add(f"gates.{quality[0]}", "needs an evaluation, but evaluate is 'never'")
+            problems.add(f"gates.{quality[0]}", "needs an evaluation, but evaluate is 'never'", _EVALUATED)
 
 
 def _check_tokenizer(key: str, folder: Path, needed: Sequence[str], complaints: _Complaints) -> None:
@@ -322,26 +297,3 @@ def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:
     wrong += [f"tensor '{name}' has no place in the model that config.json describes" for name in extra]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return [f"{folder}: {wrong[0]}{more}"] if wrong else []
-
-
-def _evaluation_memory(recipe: Recipe, family: Family, before: Header) -> int:
-    """Bytes of the final hidden states of the reference and of one stage, and of 512 tokens' logits of both."""
-    if recipe.evaluate == "never":
-        return 0
-    sizes, tokens = family.sizes(before), expected_tokens(recipe.data.evaluation, "evaluation")
-    return 2 * 4 * (tokens * sizes.hidden + 512 * sizes.vocab)
-
-
-def _check_machine(machine: Machine, memory: int, disk: int, out: Path | None) -> None:
-    available = machine.available_memory()
-    if memory > available:
-        raise MachineError(
-            f"the plan needs about {memory / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available",
-            hint="fewer or shorter calibration samples need less; plan --no-machine shows the rest of the plan",
-        )
-    folder = (out or Path.cwd()).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if disk > free:
-        raise MachineError(f"the plan needs {disk / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free")

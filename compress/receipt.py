@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.digests import digest
 from compress.checkpoint.headers import read_header, read_json
+from compress.device import described
 from compress.errors import UserError
 from compress.machine import Machine, Progress
 from compress.recipe import Recipe
@@ -74,6 +75,7 @@ def assemble(
     *,
     plan: Plan,
     threads: int,
+    device: str,
     shard_bytes: int,
     steps: list[dict[str, Any]],
     stages: list[dict[str, Any]],
@@ -101,6 +103,7 @@ def assemble(
         "autoglm_compress": own_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
         "threads": threads,
+        "device": described(device),
         "shard_bytes": shard_bytes,
         "recipe": plan.recipe.model_dump(mode="json"),
         **parts,

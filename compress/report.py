@@ -1,7 +1,7 @@
 """What people see: progress on stderr, results on stdout, as tables or as one JSON document.
 
 A terminal gets bars with the time that is left; a log gets a plain line every few seconds. Colour only where a
-terminal wants it (NO_COLOR is respected); a table that does not fit is printed one `key: value` a line.
+terminal wants it (NO_COLOR leaves no bold either); a table that does not fit is printed one `key: value` a line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from compress.arch import described, family_of
 from compress.card import auto_class
+from compress.errors import CompressError, size
 from compress.machine import Progress, Silent, Task
 from compress.receipt import finite
 
@@ -37,15 +38,6 @@ if TYPE_CHECKING:
 EVERY = 5.0  # seconds between two lines about one task in a log
 WORTH_A_LINE = 1.0  # seconds below which a finished task leaves no line
 LOG_WIDTH = 160  # columns of a table where nothing says how wide the screen is
-
-
-def size(nbytes: float) -> str:
-    """`268 B`, `12.9 KiB`, `256.6 MiB`, `19.2 GiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} GiB" if nbytes < 1024 else f"{nbytes / 1024:.1f} TiB"
 
 
 def duration(seconds: float) -> str:
@@ -148,6 +140,11 @@ class BarProgress:
         self._bars.stop()
 
 
+def colours() -> Literal["auto"] | None:
+    """What a rich Console may use; with NO_COLOR nothing, where rich alone would leave bold and dim."""
+    return None if os.environ.get("NO_COLOR") else "auto"
+
+
 def plain(console: Console, line: str = "") -> None:
     """One line as it is: no markup, no colour guessed from its words, no wrapping in a log."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -158,8 +155,9 @@ class Screen(AbstractContextManager["Screen"]):
 
     def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self._json, self._quiet = json, quiet
-        err = Console(stderr=True)
-        self._out = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else LOG_WIDTH)
+        err = Console(stderr=True, color_system=colours())
+        fits = Console().is_terminal or "COLUMNS" in os.environ
+        self._out = Console(width=None if fits else LOG_WIDTH, color_system=colours())
         self._live: BarProgress | LogProgress | None = None
         if not quiet:
             bars = err.is_terminal and not err.is_dumb_terminal
@@ -194,13 +192,12 @@ class Screen(AbstractContextManager["Screen"]):
         if made.memory is not None and made.disk is not None:
             plain(self._out, f"needs about {size(made.memory)} of memory and {size(made.disk)} of disk")
 
-    def result(self, result: Result) -> None:
-        """A row a stage, where the result is, and how to load it."""
+    def result(self, result: Result, failed: CompressError | None = None) -> None:
+        """A row a stage, where the result is, and how to load it. `failed`: what is raised next."""
         if self._json:
             receipt, measured = result.receipt, result.measured
-            return self._document(
-                {"out": str(result.out), "stages": list(result.stages), "receipt": receipt, "measured": measured}
-            )
+            document = {"out": str(result.out), "stages": list(result.stages), "receipt": receipt, "measured": measured}
+            return self._document(document, failed)
         dense = next((stage for stage in result.stages if stage["stage"] == "dense"), {})
         keys = [key for key in _STAGE if any(stage.get(key) is not None for stage in result.stages)]
         rows = [[_STAGE[key](stage.get(key)) for key in keys] for stage in result.stages]
@@ -223,10 +220,12 @@ class Screen(AbstractContextManager["Screen"]):
             columns = list(dict.fromkeys(key for row in rows for key in row))
             self._table(columns, [[_cell(key, row.get(key)) for key in columns] for row in rows])
 
-    def evaluation(self, found: Mapping[str, Any], model: str, reference: str | None) -> None:
-        """One `key: value` a line."""
+    def evaluation(
+        self, found: Mapping[str, Any], model: str, reference: str | None, failed: CompressError | None = None
+    ) -> None:
+        """One `key: value` a line. `failed`: what is raised next."""
         if self._json:
-            return self._document(found)
+            return self._document(found, failed)
         self._pair("model", model)
         if reference is not None:
             self._pair("reference", reference)
@@ -257,8 +256,12 @@ class Screen(AbstractContextManager["Screen"]):
         if not self._quiet:
             plain(self._out, line)
 
-    def _document(self, value: Any) -> None:
-        print(json.dumps(finite(value), indent=2, default=str))
+    def _document(self, value: Any, failed: CompressError | None = None) -> None:
+        """Print it; with an error it goes into the error's document, for stdout holds one."""
+        if failed is None:
+            print(in_json(value))
+        else:
+            failed.document = value
 
     def _pair(self, key: str, value: Any) -> None:
         if isinstance(value, Mapping):
@@ -278,6 +281,11 @@ class Screen(AbstractContextManager["Screen"]):
             for column, cell in zip(columns, row, strict=True):
                 plain(self._out, f"{column + ':':<16}{cell}")
             plain(self._out)
+
+
+def in_json(value: Any) -> str:
+    """Strict JSON; what it has no number for (infinity) is null."""
+    return json.dumps(finite(value), indent=2, default=str)
 
 
 def how_to_load(folder: Path) -> str:

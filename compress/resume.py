@@ -11,22 +11,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.digests import digest
+from compress.checkpoint.digests import ahead, digest
 from compress.checkpoint.headers import read_header
+from compress.checkpoint.ledger import Ledger
 from compress.checkpoint.writer import CARRIED, disk_errors, sync
-from compress.data import DataSpec
-from compress.machine import Machine, Progress, cpu_precision
+from compress.data import DataSpec, commits
+from compress.device import described, device_of, precision_of
+from compress.errors import size
+from compress.machine import Machine, Progress
 from compress.plan import Plan
 from compress.receipt import LIBRARIES
 from compress.steps import STEPS
-from compress.steps.types import StepPlan
+from compress.steps.types import Outcome, StepPlan
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,12 @@ class Unit:
 
     name: str  # of its folder: `2-quantize`
     steps: tuple[tuple[str, StepPlan], ...]  # (`1-prune`, its plan)
-    key: str
+    made_from: Callable[[], Mapping[str, Any]]
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of all that its bytes depend on; the first to ask may wait for the digests of large files."""
+        return _key(self.made_from())
 
     @property
     def last(self) -> int:
@@ -59,12 +67,13 @@ class Work:
         if not useful:
             self.remove()
             return None
-        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        return f"finished work is kept in {self.folder} ({size / 1e6:.1f} MB)"
+        held = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        return f"finished work is kept in {self.folder} ({size(held)})"
 
     def record(self, unit: Unit) -> dict[str, Any] | None:
         """What was recorded about a finished unit; None if it was made from something else."""
-        return self._read(f"{unit.name}.json", unit.key)
+        name = f"{unit.name}.json"
+        return self._read(name, unit.key) if (self.folder / name).is_file() else None
 
     def finished(self, unit: Unit, record: Mapping[str, Any]) -> dict[str, Any]:
         """The unit's folder is whole and checked. Returns the record as a later run would read it."""
@@ -105,32 +114,68 @@ class Work:
             sync(self.folder)
 
 
-def units(plan: Plan, machine: Machine, shard_bytes: int, progress: Progress) -> tuple[Unit, ...]:
+def save_outcome(written: Ledger, outcome: Outcome) -> None:
+    """Keep what the self-check needs of a step whose folder is whole."""
+    facts = {"receipt": outcome.receipt, "measured": outcome.measured, "packed": list(outcome.packed)}
+    written.save(facts, {"probe": outcome.probe, "logits": outcome.logits})
+
+
+def outcome_of(written: Ledger) -> Outcome | None:
+    """What `save_outcome` kept, when the run ended before the folder was checked."""
+    state = written.load()
+    if state is None:
+        return None
+    facts, tensors = state.facts, state.tensors
+    return Outcome(facts["receipt"], tensors["probe"], tensors["logits"], facts["measured"], tuple(facts["packed"]))
+
+
+def carry_scores(source: Path, target: Path) -> None:
+    """The scores of earlier prune steps follow the checkpoint from one folder of OUT.work to the next."""
+    if source.parent == target.parent and (source / "sensitivity").exists():
+        shutil.copytree(source / "sensitivity", target / "sensitivity", dirs_exist_ok=True)
+        for path in sorted((target / "sensitivity").rglob("*")):
+            sync(path)
+
+
+def units(plan: Plan, machine: Machine, shard_bytes: int) -> tuple[Unit, ...]:
     """The plan's steps as they are carried out, each with its key; the key of one is part of the next one's."""
     base = _base(plan, machine, shard_bytes)
-    with progress.task("digests", 2) as task:
-        key = source_key(plan)
-        task.advance()
-        teacher = None if plan.teacher is None else _folder(plan.teacher.folder)
-        task.advance()
     names = [f"{index + 1}-{step.kind}" for index, step in enumerate(plan.steps)]
-    made = []
+    made: list[Unit] = []
     for group in plan.passes:
-        part = []
-        for index in group:
-            step = plan.steps[index]
-            spec = None if step.kind == "quantize" else getattr(plan.recipe.data, STEPS[step.kind].data)
-            part.append(
-                {
-                    "step": names[index],
-                    "options": step.options.model_dump(mode="json"),
-                    "data": None if spec is None else data_key(spec),
-                    "teacher": teacher if step.kind == "distill" else None,
-                }
-            )
-        key = _key({"input": key, "base": base, "steps": part})
-        made.append(Unit(names[group[-1]], tuple((names[i], plan.steps[i]) for i in group), key))
+        steps = tuple((names[index], plan.steps[index]) for index in group)
+
+        def made_from(steps: Any = steps, earlier: Unit | None = made[-1] if made else None) -> dict[str, Any]:
+            key = source_key(plan) if earlier is None else earlier.key
+            return {"input": key, "base": base, "steps": [_step(plan, name, step) for name, step in steps]}
+
+        made.append(Unit(names[group[-1]], steps, made_from))
     return tuple(made)
+
+
+def _step(plan: Plan, name: str, step: StepPlan) -> dict[str, Any]:
+    """What one step's bytes depend on, besides its input."""
+    spec = None if step.kind == "quantize" else getattr(plan.recipe.data, STEPS[step.kind].data)
+    learns = step.kind == "distill" and plan.teacher is not None
+    return {
+        "step": name,
+        "options": step.options.model_dump(mode="json"),
+        "data": None if spec is None else data_key(spec),
+        "teacher": _folder(plan.teacher.folder) if learns and plan.teacher else None,
+    }
+
+
+def wait_for_keys(units: Sequence[Unit], progress: Progress) -> None:
+    """Show that digests are waited for."""
+    with progress.task("digests", len(units)) as task:
+        for unit in units:
+            assert unit.key
+            task.advance()
+
+
+def hash_sources(plan: Plan) -> None:
+    """Begin with the digests of the model and the teacher, beside what is done first."""
+    ahead(path for source in (plan.source, plan.teacher) if source for path in _files(source.folder))
 
 
 def source_key(plan: Plan) -> str:
@@ -145,21 +190,23 @@ def evaluation_key(plan: Plan, machine: Machine, stage: str) -> str:
 
 
 def data_key(spec: DataSpec) -> dict[str, Any]:
-    """A data source by its keys, and the digests of the local files it names."""
+    """A data source by its keys, the digests of the local files it names, and the commits of the hub's datasets."""
     sources = [spec.source] if isinstance(spec.source, str) else list(spec.source)
     files: dict[str, str] = {}
     for source in sources:
         path = Path(source)
         inner = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
         files |= {str(file): digest(file) for file in inner}
-    return {"spec": spec.model_dump(mode="json"), "files": files}
+    return {"spec": spec.model_dump(mode="json"), "files": files, "commits": commits(spec)}
 
 
 def _base(plan: Plan, machine: Machine, shard_bytes: int) -> dict[str, Any]:
+    device = device_of(machine)
     return {
         "code": _code(),
         "libraries": {name: version(name) for name in LIBRARIES},
-        "precision": cpu_precision().reason,
+        "device": described(device),
+        "precision": precision_of(device).reason,
         "threads": machine.threads,
         "seed": plan.recipe.seed,
         "shard_bytes": shard_bytes,
@@ -167,11 +214,15 @@ def _base(plan: Plan, machine: Machine, shard_bytes: int) -> dict[str, Any]:
 
 
 def _folder(folder: Path) -> str:
-    """Digest of all that a step reads of a checkpoint: weights, config, and what is carried over."""
+    """Digest of all that a step reads of a checkpoint."""
+    return _key([(file.name, digest(file)) for file in _files(folder)])
+
+
+def _files(folder: Path) -> list[Path]:
+    """All that a step reads of a checkpoint: weights, config, and what is carried over."""
     weights = {place.file for place in read_header(folder).locations.values()}
     carried = {path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
-    files = sorted({folder / "config.json", *weights, *carried})
-    return _key([(file.name, digest(file)) for file in files])
+    return sorted({folder / "config.json", *weights, *carried})
 
 
 @cache

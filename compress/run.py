@@ -17,26 +17,22 @@ from typing import Any
 import torch
 
 from compress import receipt as receipts
+from compress import resume
 from compress.arch import family_of
 from compress.card import model_card
 from compress.check import check_source, self_check
+from compress.checkpoint.digests import ahead
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.ledger import EVERY, Ledger
 from compress.checkpoint.writer import sync
+from compress.device import device_errors, device_of, peak_of, reset_peak
 from compress.errors import GateError, MachineError, UserError
-from compress.machine import (
-    Machine,
-    Progress,
-    Silent,
-    peak_memory,
-    reset_peak_memory,
-    resident_memory,
-)
+from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory, resident_memory
 from compress.output import check_apart, check_out, locked, publish, rejected, work_folder
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, dump
-from compress.resume import Unit, Work, evaluation_key, source_key, units
+from compress.resume import Unit, Work
 from compress.steps import STEPS
 from compress.steps.evaluate.run import Evaluator
 from compress.steps.types import Job, Outcome
@@ -95,7 +91,8 @@ def run(
         place = _Place(out, keep_work, shard_bytes, stop_after, checkpoint_every)
         execution = _Run(plan, place, work, machine, progress)
         try:
-            result = execution.finish()
+            with device_errors():
+                result = execution.finish()
         except GateError:
             work.remove()
             raise
@@ -153,17 +150,8 @@ class _Run:
 
     def finish(self) -> Result:
         """All phases in order."""
-        started = time.time()
-        for note in self.plan.notes:
-            self.progress.note(note)
-        for folder in dict.fromkeys(source.folder for source in (self.plan.source, self.plan.teacher) if source):
-            check_source(folder)
-        self.units = units(self.plan, self.machine, self.place.shard_bytes, self.progress)
-        folder = self.plan.source.folder
-        if self.recipe.evaluate != "never":
-            data, seed = self.recipe.data.evaluation, self.recipe.seed
-            self.evaluator = Evaluator(folder, data, seed=seed, reference=folder, progress=self.progress)
-            self._evaluate("dense", folder, source_key(self.plan))
+        started, folder = time.time(), self.plan.source.folder
+        self._begin(folder)
         taken_over = self._taken_over()
         for index, unit in enumerate(self.units):
             folder = self._unit(unit, folder, taken_over=index < taken_over)
@@ -184,6 +172,21 @@ class _Run:
                 head = "\n".join([f"{len(failed)} gates failed; the result lies in {target}", *failed])
             raise GateError(head, result=result)
         return result
+
+    def _begin(self, source: Path) -> None:
+        """Check what is read, and measure the model as it is."""
+        for note in self.plan.notes:
+            self.progress.note(note)
+        resume.hash_sources(self.plan)
+        for folder in dict.fromkeys(source.folder for source in (self.plan.source, self.plan.teacher) if source):
+            check_source(folder)
+        self.units = resume.units(self.plan, self.machine, self.place.shard_bytes)
+        if self.recipe.evaluate != "never" or self.work.holds_something():
+            resume.wait_for_keys(self.units, self.progress)
+        if self.recipe.evaluate != "never":
+            data, seed, device = self.recipe.data.evaluation, self.recipe.seed, device_of(self.machine)
+            self.evaluator = Evaluator(source, data, seed=seed, reference=source, device=device, progress=self.progress)
+            self._evaluate("dense", source, resume.source_key(self.plan))
 
     def _taken_over(self) -> int:
         """How many units an earlier run has finished: the folder of the last one is there, and all that the receipt
@@ -225,8 +228,8 @@ class _Run:
         name, step = unit.steps[0]
         step = replace(step, before=read_header(source))  # as planned, now with the places of its bytes
         self.progress.note(f"{unit.name}: {' and '.join(step.kind for _, step in unit.steps)}")
-        ledger = Ledger(self.work.folder / f"{unit.name}.state", unit.key, self.place.checkpoint_every)
-        written = Ledger(self.work.folder / f"{unit.name}.written", unit.key)
+        ledger = Ledger(self.work.folder / f"{unit.name}.state", lambda: unit.key, self.place.checkpoint_every)
+        written = Ledger(self.work.folder / f"{unit.name}.written", lambda: unit.key)
         job = Job(
             plan=step,
             family=family_of(step.before),
@@ -242,21 +245,23 @@ class _Run:
             ledger=ledger,
             pack=unit.steps[1][1] if len(unit.steps) > 1 else None,
         )
-        outcome = _outcome(written) if target.is_dir() else None
+        outcome = resume.outcome_of(written) if target.is_dir() else None
         if outcome is None:
             outcome = self._work(job, written)
         start = time.time()
         try:
-            checked, full_load = self_check(target, unit.steps[-1][1], outcome, self.machine, self.progress)
+            ahead(sorted(target.glob("*.safetensors")))  # for the receipt, beside the check
+            memory = min(self.plan.memory or 0, self.machine.available_memory())
+            checked, stock_load = self_check(target, unit.steps[-1][1], outcome, memory, self.progress)
         finally:
             written.forget()  # should the check fail, the same code would write the same again
-        _keep_scores(target, source)
+        resume.carry_scores(source, target)
         measured = {
             "step": unit.name,
             **outcome.measured,
             "check_seconds": round(time.time() - start, 2),
             "memory_predicted": max(step.memory for _, step in unit.steps),
-            "full_load": full_load,
+            "stock_load": stock_load,
         }
         return {"receipt": self._parts(unit, outcome, checked), "measured": [measured]}
 
@@ -265,12 +270,14 @@ class _Run:
         shutil.rmtree(job.target, ignore_errors=True)  # of another key, or not known to be right
         work = STEPS[job.plan.kind].load()
         before, start = resident_memory(), time.time()
+        device = device_of(self.machine)
         reset_peak_memory()
+        reset_peak(device)
         outcome = work(job)
         measured = {"seconds": round(time.time() - start, 2), "memory_before": before, "memory_peak": peak_memory()}
+        measured |= peak_of(device)
         outcome = replace(outcome, measured={**measured, **outcome.measured})
-        facts = {"receipt": outcome.receipt, "measured": outcome.measured, "packed": list(outcome.packed)}
-        written.save(facts, {"probe": outcome.probe, "logits": outcome.logits})
+        resume.save_outcome(written, outcome)
         if job.ledger is not None:
             job.ledger.forget()
         return outcome
@@ -285,7 +292,7 @@ class _Run:
     def _evaluate(self, stage: str, folder: Path, key: str) -> None:
         """Measure `folder`, or take over what was measured of the same bytes."""
         assert self.evaluator is not None
-        key = evaluation_key(self.plan, self.machine, key)
+        key = resume.evaluation_key(self.plan, self.machine, key)
         found = self.work.evaluation(key)
         if found is None:
             start = time.time()
@@ -296,7 +303,7 @@ class _Run:
         self.measured.setdefault("evaluation_seconds", {})[stage] = found["seconds"]
 
     def _measurement(self, unit: Unit) -> dict[str, Any] | None:
-        return self.work.evaluation(evaluation_key(self.plan, self.machine, unit.key))
+        return self.work.evaluation(resume.evaluation_key(self.plan, self.machine, unit.key))
 
     def _receipt(self, folder: Path, failed: list[str]) -> dict[str, Any]:
         for name in DESCRIBED:  # of a run that was killed just before its end
@@ -304,6 +311,7 @@ class _Run:
         return receipts.assemble(
             plan=self.plan,
             threads=self.machine.threads,
+            device=device_of(self.machine),
             shard_bytes=self.place.shard_bytes,
             steps=self.steps,
             stages=self.stages,
@@ -335,23 +343,6 @@ class _Run:
         for step in self.steps:
             row = {"stage": step["step"], "parameters": step["parameters"], "bytes": step["bytes"]}
             yield row | measured.get(step["step"], {}) | {"seconds": seconds.get(step["step"])}
-
-
-def _outcome(written: Ledger) -> Outcome | None:
-    """What the step that wrote a whole folder reported, when the run ended before it was checked."""
-    state = written.load()
-    if state is None:
-        return None
-    facts, tensors = state.facts, state.tensors
-    return Outcome(facts["receipt"], tensors["probe"], tensors["logits"], facts["measured"], tuple(facts["packed"]))
-
-
-def _keep_scores(target: Path, source: Path) -> None:
-    """The scores of earlier prune steps follow the checkpoint through later steps."""
-    if source.parent == target.parent and (source / "sensitivity").exists():
-        shutil.copytree(source / "sensitivity", target / "sensitivity", dirs_exist_ok=True)
-        for path in sorted((target / "sensitivity").rglob("*")):
-            sync(path)
 
 
 __all__ = ["Result", "run"]

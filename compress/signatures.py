@@ -92,6 +92,7 @@ class Receipt(TypedDict):
     autoglm_compress: str
     libraries: dict[str, str]
     threads: int
+    device: str
     shard_bytes: int
     recipe: dict[str, Any]
     model: ReceiptSource
@@ -109,7 +110,7 @@ class RunKeywords(TypedDict, total=False):
     """Of `run`, and of every function that carries out one step."""
 
     machine: Machine | None
-    """Threads and memory; all there are by default."""
+    """Threads, memory and device; all there are by default."""
     overwrite: bool
     """Replace an earlier result."""
     keep_work: bool

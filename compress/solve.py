@@ -114,7 +114,7 @@ def greedy_removal(
     dtype = working_dtype(len(hessian))
     units = weight.shape[1] // width
     current = weight.to(dtype).clone()
-    alive = torch.arange(units)
+    alive = torch.arange(units, device=weight.device)
     inverse = _inverse(hessian, ridge, _columns(alive, width), dtype, what)
     order: list[torch.Tensor] = []
     cost: list[torch.Tensor] = []
@@ -131,7 +131,7 @@ def greedy_removal(
         order.append(alive[position])
         cost.append(score[position])
         gone = _columns(position, width)
-        stay_units = torch.ones(len(alive), dtype=torch.bool)
+        stay_units = torch.ones(len(alive), dtype=torch.bool, device=weight.device)
         stay_units[position] = False
         stay = stay_units.repeat_interleave(width)
         across = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # Q M[B, stay]
@@ -154,7 +154,7 @@ def _unit_costs(current: torch.Tensor, inverse: torch.Tensor, width: int) -> tor
 
 
 def _columns(units: torch.Tensor, width: int) -> torch.Tensor:
-    index: torch.Tensor = units[:, None] * width + torch.arange(width)
+    index: torch.Tensor = units[:, None] * width + torch.arange(width, device=units.device)
     return index.flatten()
 
 

@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
@@ -23,23 +24,31 @@ GATED = "org/gated"
 Files = Mapping[str, bytes]
 
 
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server on localhost, while it is open."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 class FakeHub:
     """Serves from its first `with` line to its last."""
 
     def __init__(self, repositories: Mapping[str, Files], moved: Mapping[str, str] | None = None) -> None:
         self.repositories, self.moved, self.asked = repositories, moved or {}, list[str]()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._open = ExitStack()
 
     def __enter__(self) -> FakeHub:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = self._open.enter_context(serving(self._handler()))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._open.close()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         hub = self

@@ -65,6 +65,8 @@ class Running(Protocol):
 
     def kill(self) -> None: ...
 
+    def send_signal(self, number: int, /) -> None: ...
+
 
 # starts `autoglm-compress ARGUMENTS`, with what it says going to a file
 Start = Callable[[Sequence[str], Path], Running]
@@ -100,6 +102,10 @@ class _Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def send_signal(self, number: int, /) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
 
 def _main(arguments: list[str], log: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoTokenizer,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm46VConfig,
@@ -27,26 +28,24 @@ from transformers import (
 
 VOCAB = 384
 IMAGE_TOKEN = 300
+LLAMA: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 96,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+}
 
 
 def llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
     """hidden 64, 3 layers, 8 heads / 2 KV heads, FFN 96; keyword arguments go to LlamaConfig."""
-    config = LlamaConfig(
-        **{
-            "hidden_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "intermediate_size": 96,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 512,
-            "bos_token_id": 256,
-            "eos_token_id": 257,
-            "pad_token_id": 257,
-            **sizes,
-        }
-    )
+    config = LlamaConfig(**{**LLAMA, **sizes})
     return _save(LlamaForCausalLM(config), folder, seed, dtype, shard)
 
 
@@ -54,23 +53,7 @@ def mistral(
     folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
 ) -> Path:
     """As the llama, with 6 heads of 8 beside a hidden size of 64: a shape that stock llama refuses."""
-    config = MistralConfig(
-        **{
-            "hidden_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "intermediate_size": 96,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 512,
-            "sliding_window": None,
-            "bos_token_id": 256,
-            "eos_token_id": 257,
-            "pad_token_id": 257,
-            **sizes,
-        }
-    )
+    config = MistralConfig(**{**LLAMA, "num_attention_heads": 6, "sliding_window": None, **sizes})
     return _save(MistralForCausalLM(config), folder, seed, dtype, shard)
 
 
@@ -196,6 +179,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True) for t in ("<bos>", "<eos>")])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+
+
+def begins_with_bos(source: Path, target: Path) -> None:
+    """Save the tokenizer of `source` into `target`, with a default call that puts <bos> before a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = AutoTokenizer.from_pretrained(source)
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
+    made.save_pretrained(target)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,13 @@ class Family:
         """The tensor that the output matrix is read from: the embedding when the two are tied."""
         return f"{self.text}.embed_tokens.weight" if self.sizes(header).tied else f"{self.head}.weight"
 
-    def with_units(self, config: Mapping[str, Any], changes: Mapping[str, int]) -> dict[str, Any]:
+    def shallow(self, header: Header, layers: int) -> dict[str, Any]:
+        """The raw config with the first `layers` decoder layers only, and what it says of each layer cut to them."""
+        deep, text = self.sizes(header).layers, header.text_config
+        each = {key: said[:layers] for key, said in text.items() if isinstance(said, list) and len(said) == deep}
+        return self.with_units(header.config, {"num_hidden_layers": layers, **each})
+
+    def with_units(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the raw config with text sizes changed (`{"intermediate_size": 1128}`)."""
         new = dict(config)
         if isinstance(config.get("text_config"), Mapping):
@@ -202,6 +208,22 @@ class Family:
         else:
             new.update(changes)
         return new
+
+
+def split_layer(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer of the llama kind: two norms, q, k, v, o, and gate, up and down apart; no biases."""
+    h, q, kv, f = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
+    return {
+        "input_layernorm.weight": (h,),
+        "mlp.down_proj.weight": (h, f),
+        "mlp.gate_proj.weight": (f, h),
+        "mlp.up_proj.weight": (f, h),
+        "post_attention_layernorm.weight": (h,),
+        "self_attn.k_proj.weight": (kv, h),
+        "self_attn.o_proj.weight": (h, q),
+        "self_attn.q_proj.weight": (q, h),
+        "self_attn.v_proj.weight": (kv, h),
+    }
 
 
 def ffn_fused(sizes: Sizes) -> Group:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compress.arch.family import Family, Group, Rewrite, Sizes, ffn_split, query_heads
+from compress.arch.family import Family, Group, Rewrite, Sizes, ffn_split, query_heads, split_layer
 from compress.arch.rope import HALF_SPLIT
 
 # Keys that a llama may leave out and for which MistralConfig fills in another value: llama's are written out.
@@ -15,17 +15,7 @@ BIASES = ("attention_bias", "mlp_bias")
 
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     h, q, kv, f = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (h,),
-        "mlp.down_proj.weight": (h, f),
-        "mlp.gate_proj.weight": (f, h),
-        "mlp.up_proj.weight": (f, h),
-        "post_attention_layernorm.weight": (h,),
-        "self_attn.k_proj.weight": (kv, h),
-        "self_attn.o_proj.weight": (h, q),
-        "self_attn.q_proj.weight": (q, h),
-        "self_attn.v_proj.weight": (kv, h),
-    }
+    shapes = split_layer(sizes)
     if config.get("attention_bias"):
         shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
         shapes["self_attn.o_proj.bias"] = (h,)

@@ -6,26 +6,16 @@ Pruned llamas whose heads do not divide the hidden size are written under this l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import Family, Group, Sizes, ffn_split, query_heads
-from compress.arch.rope import HALF_SPLIT
+from compress.arch.family import Group, Sizes, ffn_split, query_heads, split_layer
+from compress.arch.llama import LLAMA
 
 
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     del config  # stock MistralAttention and MistralMLP have no biases, whatever the config says
-    h, q, kv, f = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
-    return {
-        "input_layernorm.weight": (h,),
-        "mlp.down_proj.weight": (h, f),
-        "mlp.gate_proj.weight": (f, h),
-        "mlp.up_proj.weight": (f, h),
-        "post_attention_layernorm.weight": (h,),
-        "self_attn.k_proj.weight": (kv, h),
-        "self_attn.o_proj.weight": (h, q),
-        "self_attn.q_proj.weight": (q, h),
-        "self_attn.v_proj.weight": (kv, h),
-    }
+    return split_layer(sizes)
 
 
 def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -40,18 +30,14 @@ def _unlike(config: Mapping[str, Any]) -> str | None:
     return f"mistral is supported with full attention only: sliding_window must be null, found {window!r}"
 
 
-MISTRAL = Family(
+MISTRAL = replace(
+    LLAMA,
     name="mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
-    text="model",
-    head="lm_head",
-    rope_axes=1,
-    rope=HALF_SPLIT,
     layer=_layer,
     groups=_groups,
     refuse=lambda sizes: None,
-    skip=("lm_head",),
+    rewrites=(),
     unlike=_unlike,
-    vllm="its own class",
 )

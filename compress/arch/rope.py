@@ -56,4 +56,8 @@ def arranged(name: str, value: torch.Tensor, orders: Orders) -> torch.Tensor:
     Whatever has one entry a row moves: weights, biases, packed codes and scales.
     """
     order = orders.get(name.rpartition(".")[0])
-    return value[order] if order is not None and value.ndim and len(value) == len(order) else value
+    if order is None or not value.ndim or len(value) != len(order):
+        return value
+    import torch
+
+    return value.index_select(0, torch.tensor(order, device=value.device))

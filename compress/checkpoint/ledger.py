@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,19 @@ class State:
 
 
 class Ledger:
-    """`load()` what an earlier run of the same step left; `save(...)` when `due()`."""
+    """`load()` what an earlier run of the same step left; `save(...)` when `due()`.
 
-    def __init__(self, file: Path, key: str, every: float = EVERY) -> None:
-        self.file, self.key, self.every = file, key, every
+    The key is asked for when it is first needed: it may have to wait for digests.
+    """
+
+    def __init__(self, file: Path, key: Callable[[], str], every: float = EVERY) -> None:
+        self.file, self.every, self._key = file, every, key
         self._last = time.monotonic()
+
+    @cached_property
+    def key(self) -> str:
+        """What a state must have been made from, to be of use."""
+        return self._key()
 
     def load(self) -> State | None:
         """The state last saved under this key; None where there is none, or it cannot be read."""

@@ -1,7 +1,8 @@
 """Read tensors of a checkpoint folder one at a time, or as rows, into memory of their own.
 
 Plain positioned reads, not a memory map: mapped pages would count as memory of the process and grow with the
-model. Every float that is read is checked: NaN or infinity ends the run with the tensor's name.
+model. Every float that is read is checked: NaN or infinity ends the run with the tensor's name. Whole tensors and rows
+come onto `device`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ CHUNK = 8 * 2**20  # larger buffers are mapped anew for every read, and their pa
 class Reader:
     """Tensors of `folder` by name. Use as a context manager; files are opened when first needed."""
 
-    def __init__(self, folder: Path, header: Header | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, header: Header | None = None, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
         self.header = header or read_header(folder)
         self._files: dict[Path, int] = {}
 
@@ -67,8 +68,7 @@ class Reader:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole tensor, converted to `dtype` when given."""
         spec = self.spec(name)
-        value = self._read(spec, 0, spec.nbytes).reshape(spec.shape)
-        return value if dtype is None else value.to(dtype)
+        return self._placed(self._read(spec, 0, spec.nbytes).reshape(spec.shape), dtype)
 
     def rows(self, name: str, index: Sequence[int] | slice, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of a matrix, [len(index), columns]; runs of neighbouring rows are one read each."""
@@ -79,10 +79,15 @@ class Reader:
         for start, stop in _runs(wanted):
             parts.append(self._read(spec, start * width, (stop - start) * width))
         value = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(len(wanted), *spec.shape[1:])
+        return self._placed(value, dtype)
+
+    def _placed(self, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        value = value.to(self.device)  # first: the conversion is faster there, and what is moved smaller
         return value if dtype is None else value.to(dtype)
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor's bytes in order, as flat tensors of its own dtype of at most CHUNK bytes: for plain copies."""
+        """The tensor's bytes in order, as flat tensors of its own dtype of at most CHUNK bytes, in the machine's own
+        memory: for plain copies."""
         spec = self.spec(name)
         for start in range(0, spec.nbytes, CHUNK):
             yield self._read(spec, start, min(CHUNK, spec.nbytes - start))

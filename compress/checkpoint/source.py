@@ -160,4 +160,7 @@ def _not_found(spec: str, path: Path) -> UserError:
     if near:
         meant = str(path.parent / near)
         return UserError(f"{spec}: no such {kind}{did_you_mean(str(path), [meant])}", hint=allowed)
-    return UserError(f"{spec or 'MODEL'}: no such {kind}", hint=allowed)
+    asked = ""
+    if HUB_ID.fullmatch(spec):  # and yet not looked for there
+        asked = f", and not looked for on the hub, because {path.parent} is a folder here"
+    return UserError(f"{spec or 'MODEL'}: no such {kind}{asked}", hint=allowed)

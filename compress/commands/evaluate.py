@@ -36,6 +36,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and, against a reference, KL divergence and top-1 agreement."""
     screen, limits = show.screen(), machine.machine()
+    machine.note(screen)
     spec, seed = data.spec("evaluation"), data.seed_number()
     if output is not None:
         check_writable(output, overwrite)
@@ -43,16 +44,22 @@ def evaluate(
 
     with screen:
         found = measure(model, reference=reference, data=spec, seed=seed, machine=limits, progress=screen.progress)
-    screen.evaluation(found, model, reference)  # before the file, whose disk may be full by now
-    if output is not None:
-        write_json(output, found)
+    try:
+        if output is not None:
+            write_json(output, found)
+    except MachineError as full:
+        screen.evaluation(found, model, reference, full)  # the numbers are not lost with the file
+        raise
+    screen.evaluation(found, model, reference)
 
 
 def check_writable(path: Path, overwrite: bool) -> None:
     """Refuse, before the work, a FILE that exists or that its folder will not take. Leaves nothing behind."""
     try:
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise UserError(f"{path}: exists already", hint="name another file, or give --overwrite to replace a file")
+        if path.is_dir():
+            raise UserError(f"{path}: exists already and is a folder", hint="name a file in it")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: exists already", hint="name another file, or give --overwrite to replace it")
         folder = path.absolute().parent
         while not folder.exists():
             folder = folder.parent

@@ -24,8 +24,9 @@ from rich.markup import escape
 
 from compress.complaints import explain
 from compress.data import KINDS, DataSpec, parse_sources
-from compress.errors import UserError
-from compress.machine import Machine
+from compress.device import CHOICES
+from compress.errors import UserError, did_you_mean
+from compress.machine import Machine, cores
 from compress.recipe import part_default
 from compress.report import Screen
 
@@ -54,6 +55,7 @@ Target = Annotated[
 ]
 
 _SOURCES = f"{KINDS}. Repeat it, with shares as in a.txt=0.5, to mix."
+_SEED = "Seed of all that is drawn; evaluation draws nothing."
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -72,7 +74,7 @@ class DataFlags:
     length: Annotated[
         str | None, typer.Option("--length", metavar="L", help="Tokens per window. \\[default: 512]", **_DATA)
     ] = None
-    seed: Annotated[str, typer.Option("--seed", metavar="S", help="Seed of all that is drawn.", **_DATA)] = "0"
+    seed: Annotated[str, typer.Option("--seed", metavar="S", help=_SEED, **_DATA)] = "0"
 
     def spec(self, part: str) -> DataSpec:
         """The data source, with the defaults that `part` (calibration, training or evaluation) has in a recipe."""
@@ -99,10 +101,22 @@ class MachineFlags:
         str | None,
         typer.Option("--memory", metavar="SIZE", help="As in 8GiB; to stay within. \\[default: free]", **_MACHINE),
     ] = None
+    device: Annotated[
+        str,
+        typer.Option("--device", metavar="D", help="cpu, cuda, or auto: cuda where there is one.", **_MACHINE),
+    ] = "auto"
+
+    def note(self, screen: Screen) -> None:
+        """Say so when there are more threads than cores; a wrong --threads is refused by `machine`."""
+        if self.threads is not None and int(self.threads) > cores():
+            screen.progress.note(f"--threads {self.threads}: more than the {cores()} cores that this process may use")
 
     def machine(self) -> Machine:
         threads = None if self.threads is None else whole("--threads", self.threads, 1, 4096)
-        return Machine.detect(threads, None if self.memory is None else parse_size(self.memory))
+        if self.device not in CHOICES:
+            allowed = ", ".join(CHOICES)
+            raise UserError(f"--device: found '{self.device}', allowed: {allowed}{did_you_mean(self.device, CHOICES)}")
+        return Machine.detect(threads, None if self.memory is None else parse_size(self.memory), self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +163,9 @@ class RunFlags:
 class ScreenFlags:
     """How much is said, and in which form."""
 
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.", **_OUTPUT)] = False
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, errors too.", **_OUTPUT)] = (
+        False
+    )
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.", **_OUTPUT)] = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every note; tracebacks of bugs.", **_OUTPUT)] = False
 

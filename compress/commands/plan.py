@@ -23,6 +23,7 @@ def plan(
 ) -> None:
     """Show what a recipe will do: shapes, parameters, bytes, memory. Reads no weight."""
     screen, file, limits = show.screen(), find(recipe), machine.machine()
+    machine.note(screen)
     from compress.plan import make_plan
 
     read = load(file, overrides or ())

@@ -66,6 +66,7 @@ def run_recipe(
 ) -> None:
     """Run `recipe` into `out` and print the result. `where` names the recipe in messages; None: they name flags."""
     screen, limits = show.screen(), machine.machine()
+    machine.note(screen)
     from compress.run import Result
     from compress.run import run as carry_out
 
@@ -85,6 +86,6 @@ def run_recipe(
         raise Interrupted(str(stopped)) from None  # Typer would lose what it says
     except GateError as failed:
         if isinstance(failed.result, Result):
-            screen.result(failed.result)  # the numbers that the gate looked at
+            screen.result(failed.result, failed)  # the numbers that the gate looked at
         raise
     screen.result(result)

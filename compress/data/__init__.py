@@ -7,8 +7,9 @@ transformers are not imported before a tokenizer is needed, datasets and pyarrow
 from __future__ import annotations
 
 from compress.data.builtin import PARAGRAPH, SHARES, builtin_parts, normalised
+from compress.data.chat import has_template
 from compress.data.sample import sampling_memory
-from compress.data.sources import BYTES_A_TOKEN, check, documents, expected_tokens, most_tokens
+from compress.data.sources import BYTES_A_TOKEN, check, commits, documents, expected_tokens, most_tokens
 from compress.data.spec import BUILTIN, KINDS, SELF, DataSpec, Part, counts, parse_sources, sources
 from compress.data.tokens import TOKENIZERS, Tokens, evenly_spaced, windows
 
@@ -25,10 +26,12 @@ __all__ = [
     "Tokens",
     "builtin_parts",
     "check",
+    "commits",
     "counts",
     "documents",
     "evenly_spaced",
     "expected_tokens",
+    "has_template",
     "most_tokens",
     "normalised",
     "parse_sources",

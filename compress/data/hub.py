@@ -1,8 +1,8 @@
 """Documents of a dataset on the Hugging Face hub: `hub:NAME[@REVISION][/CONFIG]:SPLIT`, through `datasets`.
 
-The revision is pinned to its commit first; the rows then come in their order, from the beginning. A small dataset is
-fetched whole and kept in the cache of `datasets`, a large one is streamed: the text is the same. No code of a dataset
-is run, and nothing is asked of the network but for a hub: source.
+The revision is pinned to its commit first, once a process; the rows then come in their order, from the beginning. A
+small dataset is fetched whole and kept in the cache of `datasets`, a large one is streamed: the text is the same. No
+code of a dataset is run, and nothing is asked of the network but for a hub: source.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,25 @@ def of_hub(source: str, limit: int | None, progress: Progress) -> HubText:
             return _read(source, table, commit, limit, progress)
 
 
+def commit_of(source: str) -> str | None:
+    """The commit at which this process reads a hub: source; two small files are fetched, none of its data.
+
+    None where HF_HUB_OFFLINE is set and the cache does not tell. Raises otherwise as `of_hub` does for a dataset or a
+    revision that is not there, and for the network.
+    """
+    import huggingface_hub.utils.logging
+
+    dataset = parse(source)
+    try:
+        with quiet(huggingface_hub.utils.logging), told_in_one_line(source, dataset.revision, "dataset"):
+            return _pinned(dataset)[2]
+    except UserError:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            return None
+        raise
+
+
+@cache  # a plan, a key and the steps of one run mean the same text, whatever is pushed while they work
 def _pinned(dataset: _Dataset) -> tuple[str, str | None, str]:
     """Repository, config and commit of the first choice that there is; the error of the first one if there is none."""
     import huggingface_hub
@@ -191,7 +211,11 @@ def _refused_in_one_line(source: str) -> Iterator[None]:
         if not datasets.config.HF_HUB_OFFLINE:
             raise
         raise UserError(f"{source}: not in the cache of datasets; HF_HUB_OFFLINE forbids to fetch it") from None
-    except (DatasetsError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (DatasetsError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{source}: {_line(error)}") from None
+    except RuntimeError as error:  # the one that speaks of the dataset: one that only code of its own can load
+        if not str(error).startswith("Dataset scripts"):
+            raise
         raise UserError(f"{source}: {_line(error)}") from None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.headers import Header, read_header, read_json
+from compress.checkpoint.stock import load_stock
 from compress.data.quiet import quiet
 from compress.errors import UserError
 from compress.machine import Progress, cpu_precision, return_freed_memory
@@ -93,21 +94,8 @@ def _load(folder: Path, tokenizer: Any, length: int) -> Any:
     import transformers
 
     config = read_json(folder / "config.json")
-    header = read_header(folder)
-    name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    kind: Any = getattr(transformers, str(name), None)
-    if kind is None:
-        raise UserError(f"{folder}: architectures names no class of transformers, found {name!r}")
-    dtype = torch.bfloat16 if sampling_dtype(header) == "BF16" else torch.float32
-    try:
-        model, info = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: {name} cannot be loaded ({line})") from None
-    if info["missing_keys"]:
-        raise UserError(f"{folder}: {name} finds missing keys: {min(map(str, info['missing_keys']))}")
+    dtype = torch.bfloat16 if sampling_dtype(read_header(folder)) == "BF16" else torch.float32
+    model = load_stock(folder, dtype)
     never = sorted({*_not_text(config), *range(len(tokenizer), _vocabulary(config))})
     # not the folder's generation_config.json (top-k, penalties, where to stop): what is drawn is the model's own
     model.generation_config = transformers.GenerationConfig(
@@ -119,7 +107,7 @@ def _load(folder: Path, tokenizer: Any, length: int) -> Any:
         suppress_tokens=never or None,
         use_cache=True,
     )
-    return model.eval()
+    return model
 
 
 def _generate(model: Any, ids: Any, folder: Path, advance: Any) -> npt.NDArray[np.int64]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from compress.data.builtin import builtin_parts
 from compress.data.chat import Chat, Document, has_template, no_template
 from compress.data.files import of_path
-from compress.data.spec import BUILTIN, HUB, SELF, DataSpec, Part, counts
+from compress.data.spec import BUILTIN, HUB, SELF, DataSpec, Part, counts, sources
 from compress.errors import UserError
 from compress.machine import Progress, Silent
 
@@ -40,6 +40,16 @@ def read(source: str, part: Part, limit: int | None = None, progress: Progress |
         found = of_hub(source, limit, progress or Silent())
         return Read(found.documents, found.commit, found.whole)
     return Read(of_path(source))
+
+
+def commits(spec: DataSpec) -> dict[str, str | None]:
+    """The commit of every hub dataset that `spec` names, without its data; None where offline the cache does not tell.
+
+    Raises UserError, and MachineError for the network. A process asks once for each: all its reading is of that commit.
+    """
+    from compress.data.hub import commit_of
+
+    return {source: commit_of(source) for source in sources(spec) if source.startswith(HUB)}
 
 
 def hub_limit(count: int | None, length: int) -> int | None:

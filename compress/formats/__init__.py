@@ -7,7 +7,7 @@ checks its codec, its bytes and its reload in stock transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.headers import Header
 from compress.errors import UserError, did_you_mean
@@ -72,9 +72,10 @@ def format_of(header: Header) -> Format:
     )
 
 
-def open_stream(reader: Reader, dtype: torch.dtype) -> Stream:
-    """The streaming executor of a checkpoint in whatever family and format its config.json names."""
+def open_stream(reader: Reader, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> Stream:
+    """The streaming executor of a checkpoint in whatever family and format its config.json names; `config` replaces
+    that one, for fewer layers."""
     from compress.arch import family_of
     from compress.stream.forward import Stream
 
-    return Stream(reader, family_of(reader.header), dtype=dtype, linear=format_of(reader.header).load)
+    return Stream(reader, family_of(reader.header), dtype=dtype, linear=format_of(reader.header).load, config=config)

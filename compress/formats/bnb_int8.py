@@ -6,7 +6,6 @@ P.weight_format uint8 = 0 (row-major). Stock transformers runs it with activatio
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,8 +82,6 @@ class BnbInt8(Format):
         import torch
         from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
-        # bitsandbytes logs one line for every product whose input is not fp16
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         codes = tensors[f"{module}.weight"]
         check_shape(linear, "weight", tuple(codes.shape))
         with torch.device("meta"):
@@ -110,4 +107,6 @@ BNB_INT8 = BnbInt8(
     "int8 with one float32 scale per output row (bitsandbytes LLM.int8)",
     method="bitsandbytes",
     scheme="8-bit",
+    stock_only=True,
+    noisy="bitsandbytes",
 )

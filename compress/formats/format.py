@@ -31,12 +31,16 @@ class Format(ABC):
     """One layout on disk. `name` is what a recipe says; `about` completes "decoder linears become ...".
 
     `method` is the `quant_method` that config.json names ("" for plain floats), `scheme` what of it is read.
+    `stock_only`: stock transformers alone loads it, so not what only vLLM loads (a Family with `stock`).
+    `noisy`: the logger that tells whoever runs it the same at every product, if one does.
     """
 
     name: str
     about: str
     method: str = ""
     scheme: str = ""
+    stock_only: bool = False
+    noisy: str = ""
 
     # What the stored checkpoint looks like: torch-free.
 

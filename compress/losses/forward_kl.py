@@ -73,8 +73,8 @@ class _ForwardKL(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student_hidden, student_head, teacher_hidden, teacher_head, student_lse, teacher_lse = ctx.saved_tensors
         dtype, temperature, exact = ctx.dtype, ctx.temperature, student_lse.dtype
-        hidden_gradient = torch.zeros(student_hidden.shape, dtype=exact)
-        head_gradient = torch.zeros(student_head.shape, dtype=exact) if ctx.needs_input_grad[1] else None
+        hidden_gradient = torch.zeros_like(student_hidden, dtype=exact)
+        head_gradient = torch.zeros_like(student_head, dtype=exact) if ctx.needs_input_grad[1] else None
         for block in _spans(student_hidden.shape[0], TOKENS):
             student, teacher = student_hidden[block].to(dtype), teacher_hidden[block].to(dtype)
             for rows in _spans(student_head.shape[0], ROWS):
@@ -102,9 +102,9 @@ def _statistics(
     exact: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per token [T]: log-sum-exp of the student's logits, of the teacher's, and sum_v p_v (t_v - s_v)."""
-    tokens = hidden[0].shape[0]
-    student_max, teacher_max = (torch.full((tokens,), -torch.inf, dtype=exact) for _ in range(2))
-    student_sum, teacher_sum, cross = (torch.zeros(tokens, dtype=exact) for _ in range(3))
+    empty = torch.zeros(hidden[0].shape[0], dtype=exact, device=hidden[0].device)
+    student_max, teacher_max = (torch.full_like(empty, -torch.inf) for _ in range(2))
+    student_sum, teacher_sum, cross = (empty.clone() for _ in range(3))
     for rows in _spans(student_head.shape[0], ROWS):
         s = _logits(hidden[0], student_head[rows].to(hidden[0].dtype), temperature, exact)
         t = _logits(hidden[1], teacher_head[rows].to(hidden[1].dtype), temperature, exact)

@@ -24,13 +24,23 @@ Planner = Callable[[Header, StepOptions, PlanContext, Complain], StepPlan | None
 
 
 @dataclass(frozen=True)
+class Lighter:
+    """What makes a step need less memory, in words, and the keys of a recipe that say it; `{step}` is its own."""
+
+    what: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Step:
-    """One entry of the table: `data` names the data source its lone command's `--data` stands for."""
+    """One entry of the table: `data` names the data source its lone command's `--data` stands for; `lighter` is None
+    where nothing that a recipe says makes the step need less memory."""
 
     name: str
     options: type[StepOptions]
     plan: Planner
     data: str
+    lighter: Lighter | None = None
 
     def load(self) -> Callable[[Job], Outcome]:
         """The step's work; imports torch."""
@@ -40,8 +50,20 @@ class Step:
 STEPS: dict[str, Step] = {
     step.name: step
     for step in (
-        Step("prune", PruneOptions, cast(Planner, plan_prune), "calibration"),
-        Step("distill", DistillOptions, cast(Planner, plan_distill), "training"),
+        Step(
+            "prune",
+            PruneOptions,
+            cast(Planner, plan_prune),
+            "calibration",
+            Lighter("fewer or shorter calibration windows", ("data.calibration.samples", "data.calibration.length")),
+        ),
+        Step(
+            "distill",
+            DistillOptions,
+            cast(Planner, plan_distill),
+            "training",
+            Lighter("a smaller batch or shorter training windows", ("{step}.batch", "data.training.length")),
+        ),
         Step("quantize", QuantizeOptions, cast(Planner, plan_quantize), "calibration"),
     )
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compress.arch import family_of
 from compress.checkpoint.headers import Header
 from compress.data import SELF, DataSpec, counts, sampling_memory, sources
-from compress.errors import MachineError, UserError
+from compress.errors import MachineError, UserError, size
 from compress.formats import is_quantized
 from compress.machine import Machine
 
@@ -37,8 +37,8 @@ class Author:
         needed, available = self.memory(), machine.available_memory()
         if needed > available:
             raise MachineError(
-                f"{SELF}: sampling holds the whole model in memory, about {needed / 2**30:.1f} GiB, and "
-                f"{available / 2**30:.1f} GiB are available; streamed, it would read all layers again for every token",
+                f"{SELF}: sampling holds the whole model in memory, about {size(needed)}, and "
+                f"{size(available)} are available; streamed, it would read all layers again for every token",
                 hint="name other text: files, a folder, builtin or hub:",
             )
 

@@ -30,7 +30,7 @@ class Arranged(Reader):
     """`inner`, whose layers' tensors come with their rows in the order of `orders`; it opens no file of its own."""
 
     def __init__(self, inner: Reader, layers: str, orders: Orders) -> None:
-        super().__init__(inner.folder, inner.header)
+        super().__init__(inner.folder, inner.header, inner.device)
         self._inner, self._layers, self._orders = inner, layers, orders
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Run a checkpoint layer by layer with the stock transformers classes, one decoder layer in memory at a time.
 
 The stock model is built on the meta device, so its own config decides every shape; a layer's tensors are read, assigned
-to it, all windows pass through, and it is emptied again. Memory: one layer, the windows' hidden states, one batch.
+to it, all windows pass through, and it is emptied again. Memory: one layer, the windows' hidden states, one batch. On a
+GPU the layer and the batch are there, the hidden states of all windows in the machine's own memory.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import nn
 from compress.arch import Family
 from compress.arch.rope import arranged
 from compress.checkpoint.reader import Reader
+from compress.device import precision_of
 from compress.errors import UserError
 from compress.limits import BATCH_TOKENS, VOCAB_ROWS
-from compress.machine import Progress, Silent, cpu_precision, return_freed_memory
+from compress.machine import Progress, Silent, return_freed_memory
 from compress.stream.arranged import Arranged, stock_view
 from compress.stream.stock import stock_model
 
@@ -46,18 +48,20 @@ def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module, name, nn.Parameter(value, requires_grad=False))
 
 
-def compute_dtype(stored: str) -> tuple[torch.dtype, str]:
+def compute_dtype(stored: str, device: str = "cpu") -> tuple[torch.dtype, str]:
     """The dtype layers run in for a checkpoint stored in `stored`, and why."""
     if stored == "BF16":
-        precision = cpu_precision()
+        precision = precision_of(device)
         return (torch.bfloat16 if precision.native else torch.float32), precision.reason
+    if stored == "F16" and device != "cpu":
+        return torch.float16, "float16, as the checkpoint"
     if stored == "F16":
         return torch.float32, "float32, because float16 is slow on a processor"
     return torch.float32, "float32, as the checkpoint"
 
 
 class Stream:
-    """The decoder of one checkpoint folder, executed layer by layer in `dtype`.
+    """The decoder of one checkpoint folder, executed layer by layer in `dtype`, where `reader` puts its tensors.
 
     `config` replaces the folder's own (a step that changes shapes runs its new layers under the planned config, and
     under the planned family). Layers of a family that stock transformers does not load run in the equal stock classes.
@@ -74,19 +78,19 @@ class Stream:
     ) -> None:
         stock, self._orders = stock_view(family, config or reader.header.config)
         self.reader = Arranged(reader, f"{family.text}.layers.", self._orders) if self._orders else reader
-        self.family, self.dtype, self._linear = family, dtype, linear
+        self.family, self.dtype, self._linear, self.device = family, dtype, linear, reader.device
         self.model = stock_model(stock)
         self.text = self.model.get_submodule(family.text)
         self.layers = len(self._layer_list())
         rotary = self.text.get_submodule("rotary_emb")
-        self._rotary = type(rotary)(config=rotary.config)  # its buffers, off the meta device
+        self._rotary = type(rotary)(config=rotary.config).to(self.device)  # its buffers, off the meta device
         self._check_tie()
         self._rehearse()
 
     @torch.no_grad()
     def _rehearse(self) -> None:
         """One layer on the meta device: a config that stock transformers builds may still be none that it can run."""
-        hidden = torch.zeros(1, 2, self.family.sizes(self.reader.header).hidden)
+        hidden = torch.zeros(1, 2, self.family.sizes(self.reader.header).hidden, device=self.device)
         try:
             cos, sin = self._positions(hidden)
             positions = cos.to("meta"), sin.to("meta")
@@ -124,7 +128,7 @@ class Stream:
         if int(ids.max()) >= rows:
             raise UserError(f"{self.reader.folder}: the tokenizer gives id {int(ids.max())}, the model has {rows} rows")
         unique, inverse = torch.unique(ids, return_inverse=True)
-        return self.reader.rows(name, unique.tolist(), self.dtype)[inverse]
+        return self.reader.rows(name, unique.tolist(), self.dtype).cpu()[inverse]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -151,7 +155,8 @@ class Stream:
     def layer_from(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
         """Decoder layer `index` filled with `tensors` (names inside the layer) instead of the folder's."""
         module = self._layer_list()[index]
-        state = {name: arranged(name, value.to(self.dtype), self._orders) for name, value in tensors.items()}
+        placed = {name: value.to(self.device, self.dtype) for name, value in tensors.items()}
+        state = {name: arranged(name, value, self._orders) for name, value in placed.items()}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
         try:
@@ -166,13 +171,14 @@ class Stream:
         batch = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), batch):
             part = hidden[start : start + batch]
-            out = layer(part, attention_mask=None, position_embeddings=self._positions(part), use_cache=False)
+            here = part.to(self.device)
+            out = layer(here, attention_mask=None, position_embeddings=self._positions(here), use_cache=False)
             if keep:
                 part.copy_(out if isinstance(out, torch.Tensor) else out[0])
 
     def _positions(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin as the stock model computes them for text without padding."""
-        positions = torch.arange(hidden.shape[1]).expand(hidden.shape[0], -1)
+        positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
         if self.family.rope_axes > 1:
             positions = positions.expand(self.family.rope_axes, -1, -1)
         cos, sin = self._rotary(hidden, position_ids=positions)
@@ -196,15 +202,16 @@ class Stream:
         assign(norm, "weight", self.reader.tensor(f"{self.family.text}.norm.weight", self.dtype))
         batch = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), batch):
-            hidden[start : start + batch] = norm(hidden[start : start + batch])
+            hidden[start : start + batch] = norm(hidden[start : start + batch].to(self.device))
         return hidden
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Logits of normed hidden states [T, hidden] into `out` [T, vocab] float32, by blocks of the vocabulary."""
+        """Logits of normed hidden states [T, hidden] into `out` [T, vocab] float32 on the stream's device, by blocks
+        of the vocabulary."""
         name = self.family.head_tensor(self.reader.header)
         rows = self.reader.spec(name).shape[0]
-        wide = hidden.float()  # logits in float32: rounded to bfloat16 they would blur a KL divergence
+        wide = hidden.to(self.device).float()  # logits in float32: rounded to bfloat16 they would blur a KL divergence
         for start in range(0, rows, VOCAB_ROWS):
             block = self.reader.rows(name, slice(start, start + VOCAB_ROWS), torch.float32)
             torch.mm(wide, block.T, out=out[:, start : start + len(block)])
@@ -216,7 +223,7 @@ class Stream:
         return self.head_logits(self.hidden(ids))
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits [B, L, vocab] of normed hidden states [B, L, hidden]."""
+        """Float32 logits [B, L, vocab] of normed hidden states [B, L, hidden], on the stream's device."""
         vocab = self.reader.spec(self.family.head_tensor(self.reader.header)).shape[0]
-        out = torch.empty(hidden.shape[0] * hidden.shape[1], vocab, dtype=torch.float32)
+        out = torch.empty(hidden.shape[0] * hidden.shape[1], vocab, dtype=torch.float32, device=self.device)
         return self.head(hidden.flatten(0, 1), out).view(*hidden.shape[:2], vocab)

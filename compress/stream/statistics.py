@@ -10,10 +10,10 @@ from torch import nn
 
 
 class Gram:
-    """H = X^T X / T of the inputs X [T, n] of one Linear, float32 [n, n], summed batch by batch."""
+    """H = X^T X / T of the inputs X [T, n] of one Linear, float32 [n, n] on `device`, summed batch by batch."""
 
-    def __init__(self, width: int) -> None:
-        self._sum = torch.zeros(width, width, dtype=torch.float32)
+    def __init__(self, width: int, device: str = "cpu") -> None:
+        self._sum = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, inputs: torch.Tensor) -> None:

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from compress.checkpoint.stock import stock_class
 from compress.data.quiet import quiet as silence
 from compress.errors import UserError
-
-
-def stock_class(config: Mapping[str, Any], where: Path | str = "config.json") -> Any:
-    """The class of transformers that `architectures` names; UserError, which opens with `where`, if there is none."""
-    import transformers
-
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if found is None:
-        raise UserError(f"{where}: architectures names no class of transformers, found {names!r}")
-    return found
 
 
 def stock_config(config: Mapping[str, Any]) -> Any:

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress import cli
 from compress.commands.options import parse_size
 from compress.errors import GateError, MachineError, SelfCheckError, UserError
 from compress.recipe import Recipe, loads
+from tests import tiny
 
 Main = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def main(capsys: pytest.CaptureFixture[str]) -> Main:
-    """Runs the command line here: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main(list(arguments))
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -83,12 +72,11 @@ def test_wrong_input_is_one_line(main: Main, arguments: list[str], line: str) ->
             "error: self-check failed, nothing was put in place: not what was meant\n",
         ),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
-        (MemoryError(), 4, "error: out of memory (MemoryError)\nhint: fewer --samples or a smaller --length\n"),
+        (MemoryError(), 4, "error: out of memory (MemoryError)\n"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nmore"),
             4,
-            "error: out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.)\n"
-            "hint: fewer --samples or a smaller --length\n",
+            "error: out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.)\n",
         ),
         (OSError(28, "No space left on device", "out/x"), 4, "error: no space left for out/x\n"),
         (
@@ -185,7 +173,107 @@ def test_evaluate_does_not_replace_a_file_unasked(main: Main, tmp_path: Path) ->
     file.write_text("mine")
     code, _, err = main("evaluate", "m", "-o", str(file))
     assert (code, err.splitlines()[0]) == (2, f"error: {file}: exists already")
+    assert "--overwrite" in err
     assert file.read_text() == "mine"
+    for more in ([], ["--overwrite"]):
+        code, _, err = main("evaluate", "m", "-o", str(tmp_path), *more)
+        assert (code, err) == (2, f"error: {tmp_path}: exists already and is a folder\nhint: name a file in it\n")
+
+
+def test_a_file_in_the_place_of_out_is_refused_without_a_way_that_does_not_help(main: Main, tmp_path: Path) -> None:
+    model, file, empty = tiny.llama(tmp_path / "model"), tmp_path / "file", tmp_path / "empty"
+    file.write_text("mine")
+    empty.mkdir()
+    for out, what in ((file, "no folder"), (empty, "no receipt.json")):
+        for more in ([], ["--overwrite"]):
+            line = ["quantize", str(model), "-o", str(out), "--format", "bf16", "-q"]
+            code, _, err = main(*line, *more)
+            said = f"error: {out}: exists already and is not a result of ours ({what}); it is not replaced\n"
+            assert (code, err) == (2, said + "hint: move it away, or give another output folder\n")
+    assert file.read_text() == "mine"
+    line[line.index(str(out))] = ours = str(tmp_path / "ours")
+    assert main(*line)[0] == 0
+    assert main(*line)[::2] == (2, f"error: {ours}: exists already\nhint: --overwrite replaces it\n")
+    assert main(*line, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message", "hint"),
+    [
+        (["inspect", "nowhere"], 2, "nowhere: no such folder", "MODEL is a folder"),
+        (["prune", "m", "-o", "o", "--rato", "1"], 2, "--rato: no such option", "autoglm-compress prune --help"),
+        (["run", "demo", "--set", "a=1", "--set", "b=1"], 2, "recipes/demo.yaml: 2 problems", None),
+    ],
+)
+def test_an_error_is_one_json_document_besides_the_line(
+    main: Main, arguments: list[str], code: int, message: str, hint: str | None
+) -> None:
+    found, out, err = main(*arguments, "--json")
+    said = json.loads(out)
+    assert set(said) == {"error"} and found == said["error"]["exit_code"] == code
+    assert message in said["error"]["message"] and (said["error"]["hint"] or "").startswith(hint or "")
+    assert err.startswith(f"error: {said['error']['message']}\n")
+    assert main(*arguments)[1] == ""
+
+
+def test_an_error_with_numbers_is_still_one_document(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, error = _module("compress.run"), GateError("gate max_kl", result=None)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    error.result = module.Result(tmp_path, {"receipt": 1}, {}, ({"stage": "dense"},))
+
+    def fails(*arguments: Any, **keywords: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "run", fails)
+    code, out, _ = main("run", "demo", "-o", str(tmp_path / "out"), "--json")
+    said = json.loads(out)
+    assert (code, said["error"]["exit_code"], said["receipt"], said["out"]) == (3, 3, {"receipt": 1}, str(tmp_path))
+    code, out, err = main("run", "demo", "-o", str(tmp_path / "out"))
+    assert code == 3 and "result: " in out and err == "error: gate max_kl\n"
+
+
+def test_more_threads_than_cores_are_noted_once(
+    main: Main, ran: list[tuple[Recipe, Path, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)))
+    line = ["prune", "m", "-o", "o", "--ratio", "0.1"]
+    said = "--threads 4: more than the 3 cores that this process may use\n"
+    assert [main(*line, "--threads", n)[2] for n in ("3", "4")] == ["", said]
+    assert main(*line, "--threads", "4", "-q")[2] == ""
+    assert main("plan", "nowhere", "--threads", "x")[0] == 2
+
+
+@pytest.mark.parametrize("arguments", [["recipes", "list"], ["recipes", "show", "demo"], ["run", "--help"]])
+def test_no_color_leaves_no_escape_at_all(main: Main, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    from typer import rich_utils
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "300")  # a table, not one key a line
+    monkeypatch.setattr(rich_utils, "FORCE_TERMINAL", True)
+    monkeypatch.setattr(rich_utils, "COLOR_SYSTEM", "auto")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[" in main(*arguments)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, out, _ = main(*arguments)
+    assert code == 0 and out and "\x1b" not in out
+
+
+def test_gates_without_an_evaluation_say_what_to_change(main: Main, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {tiny.llama(tmp_path / 'model')}\nsteps: [{{quantize: {{format: int8}}}}]\n"
+        "evaluate: never\ngates: {max_kl: 1}\n"
+    )
+    code, _, err = main("plan", str(file))
+    assert (code, err) == (
+        2,
+        f"error: {file}: gates.max_kl: needs an evaluation, but evaluate is 'never'\n"
+        "hint: let evaluate be 'last' or 'each', or take the gate out\n",
+    )
+    assert main("plan", str(file), "--set", "evaluate=last")[0] == 0
 
 
 @pytest.mark.parametrize(

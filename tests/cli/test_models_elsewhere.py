@@ -6,14 +6,14 @@ import http.server
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import pytest
 
 from compress import cli
+from tests.fake_hub import serving
+from tests.unit.test_gguf import other_architecture
 
 ROOT = Path(cli.__file__).parent.parent
 NOBODY = "http://127.0.0.1:9"  # the port of `discard`, where nothing listens
@@ -36,11 +36,8 @@ class Empty(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Empty) as url:
+        yield url
 
 
 def refused(folder: Path, arguments: list[str], endpoint: str = NOBODY, offline: bool = False) -> tuple[int, str]:
@@ -73,11 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_gguf_that_is_no_llama(folder: Path) -> None:
-    writer = gguf.GGUFWriter(folder / "other.gguf", "qwen2")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    other_architecture(folder / "other.gguf")
     code, line = refused(folder, ["quantize", "other.gguf", "-o", "out", "--format", "int8"])
     assert code == 2
     assert "other.gguf: GGUF of the architecture 'qwen2'; only dense 'llama' files are read" in line
@@ -93,6 +86,22 @@ def test_no_network(folder: Path) -> None:
     code, line = refused(folder, ["prune", "org/model", "-o", "out", "--ratio", "0.2"])
     assert code == 4
     assert line.startswith("error: org/model: no folder here, and the hub cannot be reached (ConnectError)")
+
+
+@pytest.mark.parametrize(
+    ("model", "offline", "code", "line"),
+    [
+        ("models/x", False, 4, "models/x: no folder here, and the hub cannot be reached (ConnectError)"),
+        ("models/x", True, 2, "models/x: no folder here, and not complete in the hub's cache; HF_HUB_OFFLINE forbids"),
+        ("models/deep/x", False, 2, "models/deep/x: no such folder"),
+        ("./models/x", False, 2, "./models/x: no such folder"),
+        ("here/x", False, 2, "here/x: no such folder, and not looked for on the hub, because here is a folder here"),
+    ],
+)
+def test_what_may_be_a_path_or_a_hub_id(folder: Path, model: str, offline: bool, code: int, line: str) -> None:
+    (folder / "here").mkdir()
+    found, said = refused(folder, ["inspect", model], offline=offline)
+    assert (found, said[: len(line) + 7]) == (code, f"error: {line}")
 
 
 def test_a_wrong_recipe_is_told_before_the_network(folder: Path) -> None:

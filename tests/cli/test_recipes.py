@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from compress import cli
 from compress import recipe as recipes
 from compress.commands.recipes import about
 from compress.recipe import load
@@ -26,16 +25,10 @@ Main = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
-    """Runs the command line in an empty folder: exit code, stdout, stderr."""
+def main(main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
+    """The same, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main(list(arguments))
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return main
 
 
 def test_the_list_names_every_recipe_with_its_steps_and_what_it_is(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:

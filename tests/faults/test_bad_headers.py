@@ -15,15 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.headers import INDEX
 from tests import tiny
-from tests.faults.test_bad_input import refused
+from tests.faults.test_bad_input import Breaker, drop, edit_config, edit_weights, refused
 
 SHARD = "model-00002-of-00006.safetensors"
 FIRST = "model-00001-of-00006.safetensors"
-Breaker = Callable[[Path], None]
 
 
 def edit(change: Callable[[dict[str, Any]], None]) -> Breaker:
@@ -148,34 +146,16 @@ def test_broken_headers_are_refused(
     refused(capsys, ["quantize", str(model), "-o", str(out), "--format", "bf16", "-q"], out, says)
 
 
-def config(change: Callable[[dict[str, Any]], None]) -> Breaker:
-    def apply(model: Path) -> None:
-        said = json.loads((model / "config.json").read_text())
-        change(said)
-        (model / "config.json").write_text(json.dumps(said))
-
-    return apply
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Breaker:
-    def apply(model: Path) -> None:
-        stored = load_file(model / "model.safetensors")
-        change(stored)
-        save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
-
-    return apply
-
-
 PROJ = "model.visual.merger.proj.weight"
 BEYOND: dict[str, tuple[Breaker, list[str]]] = {
     "vision of other sizes": (
-        config(lambda said: said["vision_config"].update(image_size=70)),
+        edit_config(lambda said: said["vision_config"].update(image_size=70)),
         ["stock transformers", "mismatched_keys", "position_embedding"],
     ),
-    "vision tensor missing": (weights(lambda stored: void(stored.pop(PROJ))), ["stock transformers", "missing", PROJ]),
-    "a tensor too many": (weights(lambda stored: stored.update(extra=torch.zeros(2))), ["unexpected", "extra"]),
+    "vision tensor missing": (drop(PROJ), ["stock transformers", "missing", PROJ]),
+    "a tensor too many": (edit_weights(lambda stored: stored.update(extra=torch.zeros(2))), ["unexpected", "extra"]),
     "rope that does not add up": (
-        config(lambda said: said["text_config"]["rope_parameters"].update(mrope_section=[1, 9, 0])),
+        edit_config(lambda said: said["text_config"]["rope_parameters"].update(mrope_section=[1, 9, 0])),
         ["config.json", "cannot run it", "[1, 9, 0]"],
     ),
 }

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,14 @@ from tests import tiny
 Breaker = Callable[[Path], None]
 
 
-def edit_config(**changes: object) -> Breaker:
+def edit_config(change: Callable[[dict[str, Any]], None] | None = None, **changes: object) -> Breaker:
+    """Change config.json: a key that becomes None goes."""
+
     def apply(model: Path) -> None:
         path = model / "config.json"
         config = json.loads(path.read_text()) | changes
+        if change is not None:
+            change(config)
         path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
     return apply
@@ -268,6 +273,8 @@ def test_a_failed_gate_keeps_the_result_aside(tmp_path: Path, capsys: pytest.Cap
     error = capsys.readouterr().err
     assert "max_kl" in error and "min_top1_agreement" in error and "out.rejected" in error
     assert not out.exists()
+    card = (tmp_path / "out.rejected" / "README.md").read_text()
+    assert "# model, compressed\n\n**Rejected: " in card and "- gate max_kl: " in card
     assert (tmp_path / "out.rejected" / "receipt.json").exists()
     assert not (tmp_path / "out.work").exists()
 

@@ -77,6 +77,27 @@ def test_tensors_that_config_json_does_not_imply(
 
 
 @pytest.mark.usefixtures("no_forward")
+@pytest.mark.parametrize("which", ["model", "reference"])
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [((5, 5), "mismatched_keys"), (None, "missing_keys")],
+)
+def test_a_broken_vision_tower(
+    shape: tuple[int, ...] | None, says: str, which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No logit of a text shows it, and yet the numbers would be those of a model that nobody can load."""
+    model, broken = tiny.glm4v(tmp_path / "model"), tiny.glm4v(tmp_path / "broken")
+    name = "model.visual.merger.proj.weight"
+    tensors = load_file(broken / "model.safetensors")
+    del tensors[name]
+    if shape:
+        tensors[name] = torch.zeros(shape)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    pair = (broken, model) if which == "model" else (model, broken)
+    refused(capsys, [str(pair[0]), "--reference", str(pair[1])], 2, "broken", says, name)
+
+
+@pytest.mark.usefixtures("no_forward")
 def test_a_reference_with_another_vocabulary(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tiny.llama(tmp_path / "other", vocab_size=400)
     refused(capsys, [str(model), "--reference", str(other)], 2, "400", "384", "vocabulary")
@@ -181,6 +202,19 @@ def test_numbers_are_shown_even_if_the_file_fails_after_all(
     assert "perplexity" in out
     assert err == f"error: {file}: cannot be written (No space left on device)\n"
     assert sorted(tmp_path.iterdir()) == before
+    assert main(["evaluate", str(model), *FEW, "-q", "-o", str(file), "--json"]) == 4
+    said = json.loads(capsys.readouterr().out)  # one document
+    assert said["error"]["exit_code"] == 4 and said["tokens"] == 62
+
+
+def test_the_seed_is_taken_and_changes_nothing_because_nothing_is_drawn(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for seed in ("0", "1"):
+        assert main(["evaluate", str(model), *FEW, "-q", "--json", "--seed", seed]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
 
 
 def test_a_file_named_partial_is_left_alone(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,16 +293,16 @@ def test_a_state_is_read_back_exactly(tmp_path: Path) -> None:
     import torch
 
     tensors = {"a": torch.tensor([1e-40, float("inf"), -0.0]), "b": torch.ones(2, 3, dtype=torch.bfloat16).T}
-    one = Ledger(tmp_path / "x.state", "key", every=0)
+    one = Ledger(tmp_path / "x.state", lambda: "key", every=0)
     assert one.load() is None and one.due()
     one.save({"n": 0.1, "nested": {"x": [1, None]}}, tensors)
-    found = Ledger(tmp_path / "x.state", "key").load()
+    found = Ledger(tmp_path / "x.state", lambda: "key").load()
     assert found is not None and found.facts == {"n": 0.1, "nested": {"x": [1, None]}}
     assert all(
         torch.equal(found.tensors[name].view(torch.uint8), tensors[name].contiguous().view(torch.uint8))
         for name in tensors
     )
-    assert Ledger(tmp_path / "x.state", "other").load() is None
+    assert Ledger(tmp_path / "x.state", lambda: "other").load() is None
     one.forget()
     assert not list(tmp_path.iterdir())
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compress.cli import main
+from compress.formats import FORMATS
 from compress.machine import Machine
 from compress.plan import make_plan
 from compress.receipt import load_receipt
@@ -80,7 +81,7 @@ def test_a_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
     assert [name for name in first if first[name] != second[name] and name not in MOMENT] == []
 
 
-@pytest.mark.parametrize("format", ["bf16", "fp16", "bnb-int8", "w8a16"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("family", ["llama", "glm4v"])
 def test_planned_is_written(family: str, format: str, tmp_path: Path) -> None:
     source = getattr(tiny, family)(tmp_path / "source")

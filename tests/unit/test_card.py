@@ -1,15 +1,19 @@
-"""The model card names the base model and its licence, whatever the result was made from."""
+"""The model card names the base model and its licence, whatever the result was made from, and its Python runs."""
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import compress
 from compress.card import model_card
+from tests import tiny
 
 HUB = "zai-org/GLM-4.1V-9B-Thinking"
 
@@ -90,3 +94,80 @@ def test_dashes_within_a_value_do_not_end_the_front_matter(tmp_path: Path) -> No
     source = folder(tmp_path / "source", f"---\ntitle: a --- b\nlicense: mit\nbase_model: {HUB}\n---\n---\n")
     front = front_of(model_card(receipt("student"), source))
     assert (front["base_model"], front["license"]) == (HUB, "mit")
+
+
+def test_a_rejected_result_says_so_before_all_else(tmp_path: Path) -> None:
+    failed = ["gate max_kl: found 0.9, allowed 0.1", "gate max_bytes: found 2,000, allowed 1000"]
+    source = folder(tmp_path / "source")
+    for gates, said in (({"failed": failed}, True), ({"failed": []}, False), (None, False)):
+        card = model_card(receipt("student") | {"gates": gates}, source)
+        body = card.split("\n# student, compressed\n", 1)[1].strip()
+        assert body.startswith("**Rejected: ") == said
+        assert all((f"- {line}\n" in body.split("Made from")[0]) == said for line in failed)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("demo:smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+        ("model.gguf", "model.gguf"),
+        ("student", None),
+        (HUB, None),
+        ("demo", None),
+    ],
+)
+def test_what_was_dequantized_is_no_original(name: str, file: str | None, tmp_path: Path) -> None:
+    card = model_card(receipt(name), folder(tmp_path / "source"))
+    assert (
+        (f"read from the GGUF `{file}`" in card) == ("not against the original model's" in card) == (file is not None)
+    )
+    assert "](recipe.yaml)" in card and "[autoglm-compress]" not in card, "a name is no link to a recipe"
+
+
+@pytest.fixture
+def bitsandbytes() -> Iterator[logging.Logger]:
+    """Its logger, as a process has it that has imported nothing."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield logger
+    logger.setLevel(level)
+
+
+def python_of(card: str) -> str:
+    return card.split("```python\n", 1)[1].split("```", 1)[0]
+
+
+@pytest.mark.parametrize("format", ["bnb-int8", "bf16"])
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("family", ["llama", "glm4v"])
+def test_its_python_prints_an_answer(
+    family: str,
+    chat: bool,
+    format: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    bitsandbytes: logging.Logger,
+) -> None:
+    source = getattr(tiny, family)(tmp_path / "source")
+    if chat:
+        template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+        (source / "chat_template.jinja").write_text(template)
+    out = compress.quantize(source, tmp_path / "out", format=format, machine=compress.Machine(1)).out
+    assert bitsandbytes.level == logging.NOTSET, "the caller's log levels were changed"
+    code = python_of((out / "README.md").read_text())
+    assert ("apply_chat_template" in code) == chat
+    monkeypatch.chdir(out)
+    caplog.clear()
+    exec(code, {})
+    assert capsys.readouterr().out, "no answer was printed"
+    spoke = [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+    assert spoke == []
+    if format == "bnb-int8":  # and it would have spoken
+        bitsandbytes.setLevel(logging.NOTSET)
+        exec("\n".join(line for line in code.splitlines() if "setLevel" not in line), {})
+        assert sum("MatMul8bitLt" in record.getMessage() for record in caplog.records) > 100
+    else:
+        assert "logging" not in code

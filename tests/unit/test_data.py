@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from compress.data import (
@@ -95,9 +94,7 @@ def test_training_windows_are_a_seeded_choice_without_replacement(folder: Path, 
 
 def test_special_tokens_stand_in_evaluation_only(folder: Path, tmp_path: Path) -> None:
     """As the judge has it: the default call, which begins with <bos> for this tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
-    tokenizer.save_pretrained(tmp_path)
+    tiny.begins_with_bos(folder, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "a.txt").write_text("sixteen letters.")
     spec = DataSpec(source=str(tmp_path / "a.txt"), length=16)

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from compress.data import DataSpec, check, documents, windows
@@ -168,9 +167,7 @@ def test_chats_are_rendered_by_the_models_template(talker: Path, tmp_path: Path)
 
 def test_a_rendered_chat_gets_no_second_beginning(talker: Path, tmp_path: Path) -> None:
     """A default call begins with <bos> for this tokenizer; a template would have written it."""
-    tokenizer = AutoTokenizer.from_pretrained(talker)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
-    tokenizer.save_pretrained(tmp_path)
+    tiny.begins_with_bos(talker, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     plain = json_lines(tmp_path / "plain.jsonl", [{"text": "Open the settings"}])
     chats = json_lines(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])

@@ -21,6 +21,7 @@ from compress.cli import main
 from compress.data import hub as sources
 from compress.data.hub import parse
 from compress.errors import UserError
+from compress.machine import Silent
 from tests import tiny
 from tests.fake_hub import COMMIT, GATED, FakeHub, Files
 
@@ -63,6 +64,15 @@ REPOSITORIES: dict[str, Files] = {
     "org/hidden": repository({"train.jsonl": lines("train", 5)}),
     GATED: repository({"train.jsonl": lines("train", 5)}),
 }
+# the commits of the sources given, and whether more was imported than that takes
+COMMITS = """
+import json, sys
+from compress.data import DataSpec, commits
+spec = DataSpec(source=dict.fromkeys(sys.argv[1:], 1.0), samples=9)
+found = commits(spec)
+assert commits(spec) == found
+print(json.dumps([found, sorted({"torch", "transformers", "datasets"} & set(sys.modules))]))
+"""
 # every call of `check` and `documents` that a test looks at, in one process: importing the libraries takes seconds
 DRIVER = """
 import contextlib, io, json, sys
@@ -93,10 +103,8 @@ print(json.dumps(found))
 """
 
 
-def asked(
-    url: str, home: Path, sources: list[str], *plans: str, offline: bool = False, how: str = "whole"
-) -> dict[str, Any]:
-    """What DRIVER found for `sources`, each `hub:...` or `hub:...|BYTES`, and for the recipe files `plans`."""
+def process(url: str, home: Path, code: str, *arguments: str, stdin: str = "", offline: bool = False) -> Any:
+    """The JSON that `code` prints in a process of its own, with the hub at `url` and its caches in `home`."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": url,
@@ -104,14 +112,22 @@ def asked(
         "HF_HUB_OFFLINE": str(int(offline)),
         "PYTHONPATH": str(ROOT),
     }
-    stdin = "\n".join(source if "|" in source else f"{source}|" for source in sources)
-    command = [sys.executable, "-c", DRIVER, how, *plans]
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
         command, input=stdin, capture_output=True, text=True, env=environment, cwd=home, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a library spoke between our lines"
-    return {key.removesuffix("|"): value for key, value in json.loads(done.stdout).items()}
+    return json.loads(done.stdout)
+
+
+def asked(
+    url: str, home: Path, sources: list[str], *plans: str, offline: bool = False, how: str = "whole"
+) -> dict[str, Any]:
+    """What DRIVER found for `sources`, each `hub:...` or `hub:...|BYTES`, and for the recipe files `plans`."""
+    stdin = "\n".join(source if "|" in source else f"{source}|" for source in sources)
+    found = process(url, home, DRIVER, how, *plans, stdin=stdin, offline=offline)
+    return {key.removesuffix("|"): value for key, value in found.items()}
 
 
 REFUSED = {
@@ -212,6 +228,19 @@ def test_offline_the_cache_gives_the_same_text_and_the_rest_is_refused(
     assert f"the cache of datasets holds commit {COMMIT[:12]}, not ffffffffffff" in found[gone[3]]["message"]
 
 
+def test_commits_are_told_without_the_data_and_asked_for_once(hub: FakeHub, tmp_path: Path) -> None:
+    known = ["hub:legacy/first:train", "hub:org/lines@v1:train", "hub:org/lines:train"]
+    before = len(hub.asked)
+    told = dict.fromkeys(known, COMMIT)
+    assert process(hub.url, tmp_path, COMMITS, "builtin", *known) == [told, []]
+    online, named = hub.asked[before:], {path.rsplit("/", 1)[-1] for path in hub.asked[before:]}
+    assert named & {"README.md", ".gitattributes"} and not any(".json" in path for path in online), online
+    assert online.count("/api/datasets/org/lines/revision/main") <= 1, "asked for twice in one process"
+    offline = process(hub.url, tmp_path, COMMITS, "hub:org/lines:train", "hub:org/titles:train", offline=True)
+    assert offline == [{"hub:org/lines:train": COMMIT, "hub:org/titles:train": None}, []]
+    assert len(hub.asked) == before + len(online), "offline, and yet it asked"
+
+
 def test_exit_codes_not_found_is_2_and_no_network_is_4(online: dict[str, Any], home: Path, tmp_path: Path) -> None:
     recipe = str(home / "r.yaml")
     missing = online[recipe]
@@ -243,6 +272,18 @@ def test_prune_records_the_digest_of_the_text_and_the_commit(
     step = json.loads((out / "receipt.json").read_text())["steps"][0]
     assert step["calibration"]["revisions"] == {"hub:org/lines:test": COMMIT}
     assert step["calibration"]["digest"] == hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def test_a_bug_is_not_the_datasets_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RuntimeErrors are refusals only where they speak of a dataset's scripts."""
+    monkeypatch.setattr(sources, "_pinned", lambda dataset: (*dataset.choices[0], COMMIT))
+
+    def broken(*given: object) -> None:
+        raise RuntimeError("generator raised StopIteration")
+
+    monkeypatch.setattr(sources, "_table", broken)
+    with pytest.raises(RuntimeError, match="generator raised StopIteration"):
+        sources.of_hub("hub:org/lines:train", None, Silent())
 
 
 @pytest.mark.parametrize(

@@ -27,16 +27,8 @@ from compress.steps.sampling import authors_of
 from tests import sparse, tiny
 
 SELF = DataSpec(source="self", samples=BATCH + 8, length=32)  # two batches
-BOS, EOS = 256, 257
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """What is sampled depends on the threads; and a test before may have taken them all."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+EOS = 257
+pytestmark = pytest.mark.usefixtures("one_thread")  # what is sampled depends on the threads
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +94,9 @@ def test_windows_begin_with_a_word_and_hold_only_what_text_can_hold(tmp_path: Pa
 
 
 def test_the_tokenizers_beginning_is_seen_and_cut_off(llama: Path, tmp_path: Path) -> None:
-    from tokenizers.processors import TemplateProcessing
-
     for file in llama.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    tokenizer.save_pretrained(tmp_path)
+    tiny.begins_with_bos(llama, tmp_path)
     with_bos, without = sampled(tmp_path).ids, sampled(llama).ids
     assert with_bos.shape == without.shape
     np.testing.assert_array_equal(with_bos[:, 0], without[:, 0])
@@ -146,13 +134,20 @@ def test_progress_counts_every_token(llama: Path) -> None:
     assert "sampling" in label and total == done == 2 * 31
 
 
-def test_a_model_that_gives_nan_writes_nothing(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "tensor 'model.norm.weight' holds NaN or infinite values"),
+        (3e38, "its logits are NaN or infinite"),
+    ],
+)
+def test_a_model_that_gives_nan_writes_nothing(value: float, said: str, llama: Path, tmp_path: Path) -> None:
     for file in llama.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(llama / "model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
+    tensors["model.norm.weight"].fill_(value)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="its logits are NaN or infinite"):
+    with pytest.raises(UserError, match=said):
         sampled(tmp_path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,14 @@ from tests import tiny
 
 DATA = {"training": DataSpec(length=64, samples=12)}
 FLOAT32 = Precision(False, "float32, because the test says so")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads wait for each other longer than a pico model computes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact properties must not depend on the processor that runs the tests."""
-    for module in ("plan", "run"):
-        monkeypatch.setattr(f"compress.steps.distill.{module}.cpu_precision", lambda: FLOAT32)
+    monkeypatch.setattr("compress.steps.distill.plan.cpu_precision", lambda: FLOAT32)
+    monkeypatch.setattr("compress.steps.distill.run.precision_of", lambda device: FLOAT32)
 
 
 @pytest.fixture(scope="module")

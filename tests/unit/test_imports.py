@@ -30,12 +30,14 @@ LAYERS = (
     ("resume",),
     ("receipt",),
     ("plan", "check", "card", "inspect", "output", "recipe_schema", "sensitivity"),
+    ("needs",),
     ("recipe",),
     ("steps",),
     ("criteria", "losses", "formats"),
     ("stream", "solve"),
     ("complaints", "data", "arch"),
     ("checkpoint", "recipe_yaml", "signatures"),
+    ("device",),
     ("errors", "limits", "machine"),
 )
 # What imports a module by a name that only a variable holds, and why that may be.

@@ -13,7 +13,8 @@ import pytest
 from compress.cli import main
 from compress.errors import MachineError, UserError
 from compress.machine import Machine
-from compress.plan import SPARE, Plan, make_plan
+from compress.needs import SPARE
+from compress.plan import Plan, make_plan
 from compress.recipe import loads
 from tests import sparse
 
@@ -86,7 +87,7 @@ def disk_of(monkeypatch: pytest.MonkeyPatch, free: int) -> list[Path]:
         asked.append(Path(folder))
         return SimpleNamespace(total=free, used=0, free=free)
 
-    assert sys.modules["compress.plan"].shutil is shutil
+    assert sys.modules["compress.needs"].shutil is shutil
     monkeypatch.setattr(shutil, "disk_usage", usage)
     return asked
 
@@ -120,9 +121,77 @@ def test_memory_just_enough_is_enough(tmp_path: Path) -> None:
     need = make_plan(recipe, Machine(1, memory=2**40)).memory
     assert need is not None
     make_plan(recipe, Machine(1, memory=need))
-    with pytest.raises(MachineError, match=r"the plan needs about \d+\.\d GiB of memory") as caught:
+    said = r"the plan needs about \d+\.\d MiB of memory, most of all for 1-prune;"
+    with pytest.raises(MachineError, match=said) as caught:
         make_plan(recipe, Machine(1, memory=need - 1))
     assert caught.value.hint is not None and "--no-machine" in caught.value.hint
+
+
+CALIBRATION = "what helps: fewer or shorter calibration windows (data.calibration.samples, data.calibration.length)"
+
+
+@pytest.mark.parametrize(
+    ("more", "steps", "what", "helps"),
+    [
+        ("", ["prune: {ffn: 0.2}", "quantize: {format: int8}"], "1-prune", CALIBRATION),
+        ("keep_intermediate: false\n", ["prune: {ffn: 0.2}", "quantize: {format: int8}"], "1-prune", CALIBRATION),
+        (
+            "",
+            ["prune: {ffn: 0.2}", "distill: {batch: 64}"],
+            "2-distill",
+            "what helps: a smaller batch or shorter training windows (steps.1.distill.batch, data.training.length)",
+        ),
+        (
+            "evaluate: never\n",
+            ["quantize: {format: int8}"],
+            "1-quantize",
+            "1-quantize holds one layer at a time; less text",
+        ),
+        (
+            "",
+            ["quantize: {format: int8}"],
+            "evaluation",
+            "what helps: fewer or shorter evaluation windows (data.evaluation.samples, data.evaluation.length)",
+        ),
+        (
+            "data: {calibration: {source: self, samples: 64, length: 8192}, evaluation: {samples: 4}}\n",
+            ["prune: {ffn: 0.2}"],
+            "self",
+            "what helps: text that the model does not sample itself",
+        ),
+    ],
+)
+def test_too_little_memory_says_which_step_and_what_makes_it_need_less(
+    more: str, steps: list[str], what: str, helps: str, tmp_path: Path
+) -> None:
+    recipe = loads(more + recipe_text(sparse.llama(tmp_path / "model"), *steps))
+    need = make_plan(recipe, Machine(1, memory=2**42)).memory
+    assert need is not None
+    with pytest.raises(MachineError) as caught:
+        make_plan(recipe, Machine(1, memory=need - 1))
+    assert f"most of all for {what};" in caught.value.message
+    assert (caught.value.hint or "").startswith(helps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["prune", "--ratio", "0.3"], "what helps: fewer or shorter calibration windows (--samples, --length)"),
+        (["distill"], "what helps: a smaller batch or shorter training windows (--batch, --length)"),
+        (["quantize", "--format", "int8"], "1-quantize holds one layer at a time"),
+    ],
+)
+def test_a_lone_command_names_its_flags_and_no_size_is_nothing(
+    arguments: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *options = arguments
+    model = str(sparse.llama(tmp_path / "model"))
+    teacher = ["--teacher", model] if command == "distill" else []
+    line = [command, model, *teacher, "-o", str(tmp_path / "out"), *options, "--memory", "1500KiB", "-q"]
+    assert main(line) == 4
+    error, told = capsys.readouterr().err.splitlines()
+    assert error.endswith("1.5 MiB are available") and " 0.0 " not in error
+    assert told.startswith(f"hint: {hint}") and "--no-machine" not in told
 
 
 def test_disk_just_enough_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +201,7 @@ def test_disk_just_enough_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     disk_of(monkeypatch, need)
     make_plan(recipe, Machine(1, memory=2**40))
     disk_of(monkeypatch, need - 1)
-    with pytest.raises(MachineError, match=r"the plan needs 0\.2 GB of disk"):
+    with pytest.raises(MachineError, match=r"the plan needs \d+\.\d MiB of disk, .* has \d+\.\d MiB free"):
         make_plan(recipe, Machine(1, memory=2**40))
 
 

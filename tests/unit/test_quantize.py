@@ -120,7 +120,7 @@ def test_written_is_planned_and_stock_logits_are_the_outcome(case: Case, pico_mo
         assert torch.equal(reference, logits)
 
 
-@pytest.mark.parametrize("how", [name for name in FORMATS if name != "bnb-int8"])
+@pytest.mark.parametrize("how", [name for name, how in FORMATS.items() if not how.stock_only])
 def test_a_family_that_only_vllm_loads_is_quantized_as_well(how: str, tmp_path: Path) -> None:
     """No stock class judges it; what the step computed in memory is what its stored tensors give."""
     source = tiny.glm4v_native(tmp_path / "source", dtype=torch.bfloat16)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from compress.report import EVERY, BarProgress, LogProgress, Screen, duration, size
+from compress.errors import size
+from compress.report import EVERY, BarProgress, LogProgress, Screen, duration
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import yaml
 from compress.checkpoint import demo, source
 from compress.checkpoint.source import Source, locate
 from compress.errors import MachineError, UserError
+from tests.fake_hub import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -66,6 +67,7 @@ def test_home_is_understood(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("~/absent-folder", "~/absent-folder: no such folder"),
         ("zzz", "zzz: no such folder"),
         ("a/b/c", "a/b/c: no such folder"),
+        ("out/zzz", "out/zzz: no such folder, and not looked for on the hub, because out is a folder here"),
         ("org/", "org/: no such folder"),
         ("", "MODEL: no such folder"),
         ("demo:smolm2-135m", "demo:smolm2-135m: no such demo model; did you mean 'demo:smollm2-135m'?"),
@@ -280,11 +282,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as url:
+        yield url
 
 
 ASK = """

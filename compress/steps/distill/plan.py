@@ -5,7 +5,7 @@ from __future__ import annotations
 from compress.arch import Family, Sizes, family_of
 from compress.checkpoint.headers import DTYPE_BYTES, Header
 from compress.checkpoint.layout import files_bytes
-from compress.errors import UserError
+from compress.errors import UserError, size
 from compress.formats import PLAIN, is_quantized
 from compress.machine import Precision, cpu_precision
 from compress.steps.distill.options import DistillOptions
@@ -113,9 +113,8 @@ def teacher_dtype(teacher: Header, precision: Precision) -> str:
 
 
 def _activation_note(sizes: Sizes, options: DistillOptions, length: int) -> str:
-    size = activations(sizes, options.batch * length) / 2**30
-    limit = CHECKPOINTING / 2**30
-    return f"float32 activations take {size:.1f} GiB for a batch of {options.batch} x {length} (limit {limit:.0f})"
+    taken = size(activations(sizes, options.batch * length))
+    return f"float32 activations take {taken} for a batch of {options.batch} x {length} (limit {size(CHECKPOINTING)})"
 
 
 def _check_teacher(before: Header, context: PlanContext, refuse: Complain) -> None:

@@ -20,19 +20,21 @@ import torch
 from torch import nn
 
 from compress.arch import Family, family_of
-from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.headers import read_header
 from compress.checkpoint.reader import TORCH_DTYPES, Reader
+from compress.checkpoint.stock import load_stock
 from compress.checkpoint.writer import Writer
 from compress.data import DataSpec, Tokens, windows
+from compress.device import device_of, precision_of
 from compress.errors import SelfCheckError, UserError
 from compress.losses import LOSSES
-from compress.machine import Precision, cpu_precision
+from compress.machine import Precision
 from compress.steps.distill.options import DistillOptions
 from compress.steps.distill.plan import checkpointing, teacher_dtype, trained
 from compress.steps.distill.saved import last
 from compress.steps.distill.trainer import Decoder, Distiller
 from compress.steps.types import Job, Outcome
-from compress.stream.stock import quiet, stock_class
+from compress.stream.stock import quiet
 
 PROBE = (2, 64)  # windows x tokens of the training data whose logits the written folder must give
 
@@ -47,7 +49,8 @@ def run(job: Job) -> Outcome:
     if job.teacher is None:
         raise UserError("distill: no teacher was given")
     options = cast(DistillOptions, job.plan.options)
-    precision = cpu_precision()
+    device = device_of(job.machine)
+    precision = precision_of(device)
     job.progress.note(f"distill: {precision.reason}")
     tokens = windows(job.data["training"], "training", job.source, job.seed, model=job.teacher, progress=job.progress)
     compare_tokenizers(job.source, job.teacher, job.data["training"], tokens, job.seed)
@@ -55,14 +58,16 @@ def run(job: Job) -> Outcome:
     teacher_header = read_header(job.teacher)
     dtype = TORCH_DTYPES[teacher_dtype(teacher_header, precision)]
     with quiet():
-        teacher = load(job.teacher, teacher_header, family_of(teacher_header), dtype)
-        student = load(job.source, job.plan.before, job.family, torch.float32)
+        teacher = _loaded(job.teacher, family_of(teacher_header), dtype)
+        teacher.model.to(device)
+        student = _loaded(job.source, job.family, torch.float32)
     for name in (job.family.text, job.family.head):
         student.model.get_submodule(name).requires_grad_(True)
     started = time.perf_counter()
-    losses = _train(job, options, precision, student, teacher, order)
+    losses = _train(job, options, precision, device, student, teacher, order)
     seconds = time.perf_counter() - started
     del teacher
+    student.model.to("cpu")  # the self-check computes there
     _write(job, student.model)
     probe = torch.from_numpy(tokens.ids[: PROBE[0], : PROBE[1]])
     with torch.no_grad():
@@ -109,31 +114,15 @@ def compare_tokenizers(source: Path, teacher: Path, spec: DataSpec, ours: Tokens
         )
 
 
-def load(folder: Path, header: Header, family: Family, dtype: torch.dtype) -> Decoder:
-    """The stock class that config.json names, in eval mode, frozen, every weight found and finite."""
-    kind = stock_class(header.config, folder / "config.json")
-    name = kind.__name__
-    try:
-        model, info = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: {name} cannot be loaded ({line})") from None
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info.get(what):
-            raise UserError(f"{folder}: {name} finds {what.replace('_', ' ')}: {sorted(map(str, info[what]))[0]}")
-    for key, value in model.named_parameters():
-        if not all(map(math.isfinite, (bound.item() for bound in torch.aminmax(value.detach())))):
-            raise UserError(f"{folder}: tensor '{key}' holds NaN or infinite values")
-    model.requires_grad_(False)
-    return Decoder(model.eval(), family.text, family.head)
+def _loaded(folder: Path, family: Family, dtype: torch.dtype) -> Decoder:
+    return Decoder(load_stock(folder, dtype), family.text, family.head)
 
 
 def _train(
     job: Job,
     options: DistillOptions,
     precision: Precision,
+    device: str,
     student: Decoder,
     teacher: Decoder,
     order: npt.NDArray[np.int64],
@@ -151,6 +140,7 @@ def _train(
             options,
             seed=job.seed,
             autocast=precision.native,
+            device=device,
             checkpointing=twice,
             scratch=scratch,
             progress=job.progress,

@@ -60,6 +60,7 @@ class Distiller(Trainer):
         *,
         seed: int,
         autocast: bool,
+        device: str,
         checkpointing: bool,
         scratch: Path,
         progress: Progress,
@@ -74,7 +75,7 @@ class Distiller(Trainer):
             train_sampling_strategy="sequential",
             max_grad_norm=options.max_grad_norm,
             seed=seed,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
@@ -82,6 +83,7 @@ class Distiller(Trainer):
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: the Trainer would take all it sees
         if checkpointing:
             # renamed in transformers 5; the old name warns where the new one exists
             model: Any = student.model
@@ -102,7 +104,7 @@ class Distiller(Trainer):
         self.losses: list[float] = []
         self._rate = scheduler.get_last_lr
         self._student, self._teacher, self._loss = student, teacher, loss
-        self._temperature, self._autocast = options.temperature, autocast
+        self._temperature, self._autocast, self._device_type = options.temperature, autocast, torch.device(device).type
 
     def compute_loss(
         self,
@@ -114,7 +116,7 @@ class Distiller(Trainer):
         """The loss per token of one batch; UserError for NaN or infinity, which no later step would mend."""
         del model, return_outputs, num_items_in_batch  # one process: the model is the student's, every token counts
         ids = inputs["input_ids"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
             with torch.no_grad():
                 theirs = self._teacher.hidden(ids).flatten(0, 1)
             ours = self._student.hidden(ids).flatten(0, 1)

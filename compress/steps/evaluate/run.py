@@ -17,7 +17,8 @@ from compress.arch import family_of
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.reader import Reader
 from compress.data import DataSpec, windows
-from compress.errors import MachineError, UserError
+from compress.device import device_errors, device_of
+from compress.errors import MachineError, UserError, size
 from compress.formats import format_of, open_stream
 from compress.machine import Machine, Progress, Silent
 from compress.stream.forward import Stream, compute_dtype
@@ -44,14 +45,15 @@ class Evaluator:
         *,
         seed: int = 0,
         reference: Path | None = None,
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
-        self.progress = progress or Silent()
+        self.progress, self.device = progress or Silent(), device
         self.tokens = windows(data, "evaluation", tokenizer, seed, progress=self.progress)
         self.ids = torch.from_numpy(self.tokens.ids)
         self.reference_folder = reference
         self.reference: _Model | None = None
-        self._reference_reader = None if reference is None else Reader(reference)
+        self._reference_reader = None if reference is None else Reader(reference, device=device)
 
     def __enter__(self) -> Evaluator:
         return self
@@ -88,12 +90,12 @@ class Evaluator:
         if self.reference is not None and folder == self.reference_folder:
             sums = self._sums(self.reference)
         else:
-            with Reader(folder, header) as reader:
+            with Reader(folder, header, self.device) as reader:
                 sums = self._sums(self._forward(reader, label))
         return self._numbers(header, sums)
 
     def _forward(self, reader: Reader, label: str) -> _Model:
-        dtype, _ = compute_dtype(reader.header.dtype)
+        dtype, _ = compute_dtype(reader.header.dtype, self.device)
         stream = open_stream(reader, dtype)
         return _Model(stream, stream.hidden(self.ids, self.progress, f"evaluating {label}"))
 
@@ -125,7 +127,7 @@ class Evaluator:
             for start in range(0, len(mine), HEAD_TOKENS):
                 part = slice(start, start + HEAD_TOKENS)
                 log_p = _log_probabilities(model.stream, mine[part])
-                target = labels[part, None]
+                target = labels[part, None].to(log_p.device)
                 totals["nll"] -= float(log_p.gather(1, target).sum(dtype=torch.float64))
                 if theirs is not None and self.reference is not None:
                     log_q = _log_probabilities(self.reference.stream, theirs[part])
@@ -171,12 +173,15 @@ def evaluate(
     if reference is not None:
         check_vocabulary(read_header(folder), read_header(reference))
     torch.set_num_threads(machine.threads)
-    with Evaluator(folder, data, seed=seed, reference=reference, progress=progress) as evaluator:
+    device = device_of(machine)
+    with (
+        device_errors(),
+        Evaluator(folder, data, seed=seed, reference=reference, device=device, progress=progress) as evaluator,
+    ):
         needed, available = evaluator.memory(folder), machine.available_memory()
         if needed > available:
             raise MachineError(
-                f"the evaluation needs at least {needed / 2**20:.1f} MiB of memory, "
-                f"{available / 2**20:.1f} MiB are available",
+                f"the evaluation needs at least {size(needed)} of memory, {size(available)} are available",
                 hint="fewer --samples or a smaller --length need less",
             )
         return evaluator.measure(folder, "model")

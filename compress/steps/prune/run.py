@@ -17,8 +17,9 @@ from compress.arch import family_of
 from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
-from compress.criteria import CRITERIA
+from compress.criteria import CRITERIA, Ranking
 from compress.data import windows
+from compress.device import device_of
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import cut_error, damping_vector, refit
@@ -44,9 +45,10 @@ def run(job: Job) -> Outcome:
     after = plan.after if job.pack is None else job.pack.after
     with (
         Reader(job.source, plan.before) as reader,
+        Reader(job.source, plan.before, device_of(job.machine)) as streamed,
         Writer(job.target, after.tensors.values(), job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
-        pruner = _Pruner(job, plan, options, reader, writer)
+        pruner = _Pruner(job, plan, options, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         logits = pruner.run(ids, probe_ids)
@@ -74,16 +76,23 @@ def run(job: Job) -> Outcome:
 
 
 class _Pruner:
-    """The pass over the layers; holds the streams before and after the cut, and what was chosen so far."""
+    """The pass over the layers; holds the streams before and after the cut, and what was chosen so far.
 
-    def __init__(self, job: Job, plan: PrunePlan, options: PruneOptions, reader: Reader, writer: Writer) -> None:
-        self.job, self.plan, self.options, self.reader, self.writer = job, plan, options, reader, writer
+    `streamed` reads where layers run: statistics, ranking and refit are done there. The probe and what is written are
+    in the machine's own memory, as `reader` has them.
+    """
+
+    def __init__(
+        self, job: Job, plan: PrunePlan, options: PruneOptions, reader: Reader, streamed: Reader, writer: Writer
+    ) -> None:
+        self.job, self.plan, self.options = job, plan, options
+        self.reader, self.streamed, self.writer = reader, streamed, writer
         criterion = CRITERIA[options.criterion]
         self.rank = criterion.load()
         family, made = job.family, family_of(plan.after)
-        dtype, self.why = compute_dtype(plan.before.dtype)
-        self.before = Stream(reader, family, dtype=dtype)
-        self.after = Stream(reader, made, dtype=dtype, config=plan.after.config)
+        dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
+        self.before = Stream(streamed, family, dtype=dtype)
+        self.after = Stream(streamed, made, dtype=dtype, config=plan.after.config)
         after = plan.after
         self.packer = Packer(writer, PLAIN, ())
         if job.pack is not None:
@@ -108,7 +117,7 @@ class _Pruner:
             for index in range(len(self.chosen), layers):
                 tensors = self._layer(index, hidden)
                 for name, value in tensors.items():
-                    self.packer.put(self.job.family.prefix(index) + name, value)
+                    self.packer.put(self.job.family.prefix(index) + name, value.cpu())
                 if hidden is not None and index + 1 < layers:
                     with self.after.layer_from(index, tensors) as layer:
                         self.after.advance(layer, hidden)
@@ -150,7 +159,7 @@ class _Pruner:
 
     def _layer(self, index: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Rank, choose, cut and refit every group of one layer; returns its tensors, by their names inside it."""
-        tensors = {name: self.reader.tensor(self.job.family.prefix(index) + name) for name in self.names}
+        tensors = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         grams = self._statistics(index, tensors, hidden) if hidden is not None else {}
         picked: dict[str, Chosen] = {}
         for group in self.groups:
@@ -170,7 +179,7 @@ class _Pruner:
                 error, before = result.error, result.error_before
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
-            picked[group.name] = Chosen(ranking, keep, error, before)
+            picked[group.name] = Chosen(Ranking(ranking.order.cpu(), ranking.cost.cpu()), keep.cpu(), error, before)
         self.chosen.append(picked)
         return {name: arranged(name, value, self.orders) for name, value in tensors.items()}
 
@@ -178,7 +187,7 @@ class _Pruner:
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Gram matrices of the readers' inputs, by group."""
-        grams = {g.name: Gram(g.units * g.width) for g in self.groups}
+        grams = {g.name: Gram(g.units * g.width, self.streamed.device) for g in self.groups}
         readers = {g.reader: grams[g.name] for g in self.groups}
         with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
             self.before.advance(layer, hidden, keep=False)

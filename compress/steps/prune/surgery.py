@@ -14,7 +14,7 @@ def select(ranking: Ranking, group: Group, keep: int) -> torch.Tensor:
     """Indices of the units that stay [keep], ascending: every balance block loses its first ones in the order."""
     blocks = group.units // group.balance
     gone_per_block = (group.units - keep) // blocks
-    stay = torch.ones(group.units, dtype=torch.bool)
+    stay = torch.ones(group.units, dtype=torch.bool, device=ranking.order.device)
     for block in range(blocks):
         members = ranking.order[ranking.order // group.balance == block]
         stay[members[:gone_per_block]] = False
@@ -23,7 +23,7 @@ def select(ranking: Ranking, group: Group, keep: int) -> torch.Tensor:
 
 def columns(units: torch.Tensor, width: int, offset: int = 0) -> torch.Tensor:
     """The indices that `units` own along a cut's axis."""
-    return (offset + units[:, None] * width + torch.arange(width)).flatten()
+    return (offset + units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def cut(tensors: Mapping[str, torch.Tensor], group: Group, keep: torch.Tensor) -> dict[str, torch.Tensor]:

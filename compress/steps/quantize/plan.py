@@ -23,8 +23,8 @@ def plan(before: Header, options: QuantizeOptions, context: PlanContext, complai
     if how is None:
         return None
     family = family_of(before)
-    if family.stock is not None and how.name == "bnb-int8":
-        unread = "the flavour native of glm4v is read by vLLM alone, and bnb-int8 by stock transformers alone"
+    if family.stock is not None and how.stock_only:
+        unread = f"the flavour native of glm4v is read by vLLM alone, and {how.name} by stock transformers alone"
         complain("format", unread, "w8a8 for vLLM, or prune with flavour portable")
         return None
     linears = decoder_linears(before, family)
