@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from statistics import median
 from typing import Any
 
 from _markdown import GIB, MIB, Row, by_setting, described, number, table, verdict
+from _paired import paired
 from peers_quant import ROWS, Ours
 
 FUSED_PEAK, QUANTIZE_PEAK, QUANTIZE_WALL = 6.0, 2.5, 2.0  # GiB, GiB, times plain reading and writing
@@ -14,13 +16,14 @@ QUALITY = 1.0  # times a peer's perplexity: not worse in any row
 
 FOUNDATION = """\
 A cut of GLM-4.1V-9B at full width with seeded random weights (`bench/make_checkpoint.py`): hidden size 4096, FFN 13696,
-32 heads on 2 KV heads, vocabulary 151552, vision tower included. Peaks are of the whole process, libraries included;
-both run with the memory that their plan asks for, so the self-check streams and leaves out a full load.
+32 heads on 2 KV heads, vocabulary 151552, vision tower included. Peaks are of the whole process, libraries and
+self-check included.
 """
 KILLED = """\
 `kill -9` at random moments of a run of three steps (prune, distil, quantize) on a pico glm4v, counted from when its
-work folder appears and spread over the whole run; then the same command once more. Same bytes: exit code 0, all of OUT
-but measured.json as an uninterrupted run leaves it, the source untouched, nothing left beside OUT.
+work folder appears and spread over the whole run; then the same command once more. Every row is a process that the
+signal ended: where a run was done before its moment, another one was killed earlier in its place. Same bytes: exit code
+0, all of OUT but measured.json as an uninterrupted run leaves it, the source untouched, nothing left beside OUT.
 """
 FUZZED = """\
 Checkpoints whose headers, index or config have bytes changed or cut off, and damaged recipes, each through the command
@@ -31,10 +34,11 @@ PEERS = """\
 SmolLM2-135M, every method a process of its own, others' in an environment of their own (`make peers-env`). Peak: of
 the whole process with its children, libraries included. Rounding is to nearest, with one scale a row and without data,
 for all: llm-compressor's preset W8A16 and auto-round's default have groups of 128 columns, and their exports refuse
-this model's 576. `limited` runs with the memory that our plan asks for; without that, our self-check loads the result
-once more in full, which no peer does. Judged `stock`: the folder that was written, loaded by stock transformers;
-`memory`: that load fails or leaves keys over, so the model was judged as its maker has it in memory. Pruning takes 20 %
-of the decoder's matrix parameters from the FFN, ours as by default (wanda + refit, 64 windows of the validation split).
+this model's 576. Our seconds and peak contain our self-check, which no peer has. Judged `stock`: the folder that was
+written, loaded by stock transformers; `memory`: that load fails or leaves keys over, so the model was judged as its
+maker has it in memory. Pruning takes 20 % of the decoder's matrix parameters from the FFN, ours as by default (wanda +
+refit, 64 windows of the validation split). Behind a verdict stands the mean difference, ours minus the peer's over the
+same windows, and its standard error; within noise: at most 2 standard errors.
 """
 
 
@@ -66,11 +70,11 @@ def _fused(row: Row) -> str:
         f"{key['samples']} x {key['length']} tokens, {found['threads']} threads: {found['seconds']:.0f} s, "
         f"peak {found['peak'] / GIB:.2f} GiB, planned {found['predicted'] / GIB:.2f} GiB above the libraries.\n"
     )
-    measured = "".join(
-        f"- {task}: {', '.join(f'{value:.1f}' for value in times)} s a layer, "
-        f"{sum(times) / len(times) / least:.2f} times the sum above\n"
-        for task, times in found["layer_seconds"].items()
-        if len(times) == key["layers"]
+    times = found["layer_seconds"]
+    mean = sum(times) / len(times)
+    measured = (
+        f"- layer by layer: {', '.join(f'{value:.1f}' for value in times)} s (the last hands nothing on)\n"
+        f"- mean: {mean:.1f} s a layer, {mean / least:.2f} times the sum above\n"
     )
     return (
         f"{title}\nOne layer's arithmetic at what this machine reached in the same run ({reached} GFLOP/s; disk "
@@ -82,15 +86,15 @@ def _fused(row: Row) -> str:
 
 def _quantize(row: Row) -> str:
     key, found = row["key"], row["found"]
-    plain = list(found["beside"].values())
-    mean = sum(plain) / len(plain)
-    took = " and ".join(f"{value:.1f}" for value in plain)
+    ours, plain = found["rounds"], found["beside"]["plain"]
+    took, least = (", ".join(f"{value:.1f}" for value in seconds) for seconds in (ours, plain))
+    ratio = median(ours) / median(plain)
     return (
-        f"**Quantize alone**, {key['format']}, {key['layers']} layers, {found['threads']} threads: "
-        f"{found['seconds']:.0f} s with imports and self-check, peak {found['peak'] / GIB:.2f} GiB; plainly reading "
-        f"the source and writing {found['written'] / 1e9:.2f} GB took {took} s before and after.\n\n"
+        f"**Quantize alone**, {key['format']}, {key['layers']} layers, {found['threads']} threads: {took} s with "
+        f"imports and self-check, peak {found['peak'] / GIB:.2f} GiB; plainly reading the source and writing "
+        f"{found['written'] / 1e9:.2f} GB, before, between and after: {least} s.\n\n"
         + verdict("peak of the whole process", found["peak"] / GIB, QUANTIZE_PEAK, "GiB", 2)
-        + verdict("wall", found["seconds"] / mean, QUANTIZE_WALL, "times plain reading and writing", 2)
+        + verdict("wall, median over median", ratio, QUANTIZE_WALL, "times plain reading and writing", 2)
     )
 
 
@@ -98,7 +102,7 @@ def kills(rows: list[Row]) -> str:
     """One table a run of the script, and whether every trial ended as it must."""
     parts = [KILLED]
     for row in rows:
-        found, count = row["found"], row["key"]["kills"]
+        found, count = row["found"], row["key"]["killed"]
         lines = []
         for trial in found["trials"]:
             stood = ", ".join(trial["stood"])
@@ -178,12 +182,21 @@ def _versions(found: Mapping[str, Any]) -> str:
 
 
 def _peers_verdicts(ours: str, here: Mapping[str, Row]) -> Iterator[str]:
-    """Against every peer: memory of each of our rows, perplexity of the first (all write the same bytes)."""
-    mine = [name for name in here if isinstance(ROWS[name], Ours)]
+    """Ours against every peer: memory, perplexity, KL."""
+    if ours not in here:
+        return
+    mine = here[ours]
     for name, one in here.items():
-        if name in mine:
+        if name == ours:
             continue
-        for own in mine:
-            yield verdict(f"peak, {own} over {name}", here[own]["peak"] / one["peak"], 1.0, "times", 2)
-        if ours in here:
-            yield verdict(f"perplexity, {ours} over {name}", here[ours]["ppl"] / one["ppl"], QUALITY, "times", 4)
+        what = f"{ours} over {name}"
+        yield verdict(f"peak, {what}", mine["peak"] / one["peak"], 1.0, "times", 2)
+        nll, kl = (_difference(mine, one, kind) for kind in ("window_nll", "window_kl"))
+        yield verdict(f"perplexity, {what}", mine["ppl"] / one["ppl"], QUALITY, "times", 4, nll)
+        if one["kl"] > 0:
+            yield f"- KL, {what}: {mine['kl'] / one['kl']:.4f} times{'; ' + kl if kl else ''}\n"
+
+
+def _difference(ours: Row, peer: Row, kind: str) -> str:
+    """The paired difference in words; empty where a row has no windows on file, or one alone."""
+    return str(paired(ours[kind], peer[kind])) if min(len(row.get(kind, ())) for row in (ours, peer)) > 1 else ""

@@ -39,10 +39,11 @@ def provenance(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def verdict(what: str, found: float, most: float, unit: str, digits: int) -> str:
-    """A number that must be met, and whether it is."""
-    unit = f" {unit}" if unit else ""
-    return f"- {what}: {found:.{digits}f}{unit}, at most {most:g}{unit}: {'met' if found <= most else '**missed**'}\n"
+def verdict(what: str, found: float, most: float, unit: str, digits: int, note: str = "") -> str:
+    """A number that must be met, and whether it is; `note` stands behind that."""
+    unit, note = f" {unit}" if unit else "", f"; {note}" if note else ""
+    met = "met" if found <= most else "**missed**"
+    return f"- {what}: {found:.{digits}f}{unit}, at most {most:g}{unit}: {met}{note}\n"
 
 
 def number(value: float | None, digits: int) -> str:

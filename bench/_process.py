@@ -76,11 +76,9 @@ def recipe(name: str, document: Mapping[str, Any]) -> Path:
     return path
 
 
-def command(recipe: Path, out: Path, threads: int, *, limited: bool) -> list[str]:
-    """Our command line that carries out `recipe`. `limited`: with just the memory that its plan asks for, so that the
-    self-check leaves out its full load of a result that needs more, as for every model larger than memory."""
-    line = [*PROGRAM, "run", str(recipe), "-o", str(out), "--overwrite", "-q", "--threads", str(threads)]
-    return [*line, "--memory", str(planned(recipe)["memory"])] if limited else line
+def command(recipe: Path, out: Path, threads: int) -> list[str]:
+    """Our command line that carries out `recipe`, taking nothing over from a run that was interrupted."""
+    return [*PROGRAM, "run", str(recipe), "-o", str(out), "--overwrite", "--fresh", "-q", "--threads", str(threads)]
 
 
 def planned(recipe: Path) -> dict[str, Any]:

@@ -50,9 +50,9 @@ Calibrated on three quarters of the WikiText-2 validation split and judged on th
 this table has not seen the test split.
 """
 MEMORY = """\
-Peak of the whole process above a Python that has only imported torch, transformers and this package. `limited`: with
-the `--memory` that the plan asks for, so that a result which needs more is checked by streaming only. `default`:
-without it; the self-check then also loads the whole result in stock transformers wherever memory is free.
+Peak of the whole process, self-check included, above a Python that has only imported torch, transformers and this
+package. Stock load: the layers of the result that the self-check loaded in stock transformers, as many as fit in the
+memory that the plan asks for, and what it found.
 """
 
 
@@ -149,39 +149,28 @@ def damping(rows: list[Row]) -> str:
 def memory(rows: list[Row]) -> str:
     """One row a command; then the growth with depth."""
     body = []
-    peaks: dict[tuple[str, str, int | None], int] = {}
-    for row in sorted(rows, key=lambda row: (row["key"]["variant"] == "default", row["key"]["step"])):
+    peaks: dict[tuple[str, int | None], int] = {}
+    for row in sorted(rows, key=lambda row: row["key"]["step"]):
         key, found = row["key"], row["found"]
         tokens = f"{key['samples']} x {key['length']}" if key["samples"] else ""
-        peaks[key["variant"], key["step"], key["layers"]] = found["above"]
+        peaks[key["step"], key["layers"]] = found["above"]
         sizes = (found[name] / MIB for name in ("above", "imports", "step_above", "predicted", "weights_written"))
         shown = (number(size, 0) for size in sizes)
-        body.append(
-            (
-                key["variant"],
-                key["step"],
-                key["model"],
-                tokens,
-                *shown,
-                found["full_load"],
-                number(found["seconds"], 0),
-            )
-        )
-    header = ("", "step", "model", "tokens", "peak above imports, MiB", "imports", "in the step", "predicted")
-    grid = table((*header, "weights written", "full load", "s"), body)
+        body.append((key["step"], key["model"], tokens, *shown, found["stock_load"], number(found["seconds"], 0)))
+    header = ("step", "model", "tokens", "peak above imports, MiB", "imports", "in the step", "predicted")
+    grid = table((*header, "weights written", "stock load", "s"), body)
     return f"{MEMORY}\n{grid}\n" + "".join(_memory_verdicts(peaks))
 
 
-def _memory_verdicts(peaks: Mapping[tuple[str, str, int | None], int]) -> Iterable[str]:
-    demo_peak = peaks.get(("limited", "prune", None))
+def _memory_verdicts(peaks: Mapping[tuple[str, int | None], int]) -> Iterable[str]:
+    demo_peak = peaks.get(("prune", None))
     if demo_peak is not None:
-        yield verdict("pruning SmolLM2 (limited)", demo_peak / MIB, PRUNING_MEMORY / MIB, "MiB", 0)
+        yield verdict("pruning SmolLM2", demo_peak / MIB, PRUNING_MEMORY / MIB, "MiB", 0)
     for step in ("prune", "quantize"):
-        depths = sorted(k[2] for k in peaks if k[:2] == ("limited", step) and k[2] is not None)
+        depths = sorted(layers for one, layers in peaks if one == step and layers is not None)
         if len(depths) > 1:
-            growth = peaks["limited", step, depths[-1]] / peaks["limited", step, depths[0]]
-            what = f"{step}, {depths[-1]} layers against {depths[0]} (limited)"
-            yield verdict(what, growth, MEMORY_GROWTH, "times", 3)
+            growth = peaks[step, depths[-1]] / peaks[step, depths[0]]
+            yield verdict(f"{step}, {depths[-1]} layers against {depths[0]}", growth, MEMORY_GROWTH, "times", 3)
 
 
 def startup(rows: list[Row]) -> str:

@@ -1,8 +1,9 @@
 """Carry out a recipe as `autoglm-compress run` does, and time what its progress tells: every layer of every pass.
 
-    .venv/bin/python bench/_timed.py RECIPE OUT --threads N [--memory BYTES]
+    .venv/bin/python bench/_timed.py RECIPE OUT --threads N
 
-One JSON line: a list of {task, total, seconds: [between two steps of its bar, ...]}.
+One JSON line: a list of {task, total, seconds: [between two steps of its bar, ...]}. The first seconds of a task count
+from its beginning.
 """
 
 from __future__ import annotations
@@ -19,6 +20,20 @@ import compress
 from compress.machine import Machine
 
 
+class Steps:
+    """The seconds of one task."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
+
+    def advance(self, by: int = 1) -> None:
+        if by:  # 0: nothing of an interrupted run was taken over
+            now = time.perf_counter()
+            self.seconds.append(round(now - self._last, 4))
+            self._last = now
+
+
 class Clock:
     """A Progress that shows nothing and notes when each unit of work was done."""
 
@@ -26,16 +41,10 @@ class Clock:
         self.tasks: list[dict[str, Any]] = []
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Clock]:
-        self.tasks.append({"task": label, "total": total, "seconds": []})
-        self._last = time.perf_counter()
-        yield self
-
-    def advance(self, by: int = 1) -> None:
-        if by:  # 0: nothing of an interrupted run was taken over
-            now = time.perf_counter()
-            self.tasks[-1]["seconds"].append(round(now - self._last, 4))
-            self._last = now
+    def task(self, label: str, total: int) -> Iterator[Steps]:
+        steps = Steps()
+        self.tasks.append({"task": label, "total": total, "seconds": steps.seconds})
+        yield steps
 
     def note(self, line: str) -> None:
         del line
@@ -46,11 +55,10 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--memory", type=int)
     given = parser.parse_args()
     clock = Clock()
-    machine = Machine.detect(given.threads, given.memory)
-    compress.run(given.recipe, given.out, machine=machine, overwrite=True, progress=clock)
+    machine = Machine.detect(given.threads)
+    compress.run(given.recipe, given.out, machine=machine, overwrite=True, fresh=True, progress=clock)
     print(json.dumps(clock.tasks))
 
 

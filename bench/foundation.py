@@ -4,9 +4,9 @@
 
 The checkpoint is written by bench/make_checkpoint.py and removed again (5.9 GB for 4 layers; the outputs take as
 much); --model names one that exists and stays. `fused`: 8 x 512 tokens; the time of every layer stands beside what its
-products and bytes take at the rates that this machine reaches in the same run. `quantize`: beside plainly reading the
-source and writing as many bytes as the target has, synced, before and after it, all from a cold page cache. Both run
-with the memory that their plan asks for, so that the self-check streams and leaves out a full load.
+products and bytes take at the rates that this machine reaches in the same run. `quantize`: three times, between plainly
+reading the source and writing as many bytes as the target has, synced, all from a cold page cache; the medians count,
+because a virtual disk's speed changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from typing import Any
 import yaml
 from _arithmetic import moved, operations, seconds
 from _plain_io import copied, forget
-from _process import PROGRAM, PYTHON, checkpoint, command, measured, planned, recipe, weights
+from _process import PROGRAM, PYTHON, Ran, checkpoint, command, measured, planned, recipe, weights
 from _results import ROOT, WORK, Results, options, say
 
 KIND = "glm-4.1v-9b"
+LAYERS_TASK = "pruning layers"  # the task of the prune step whose every advance is a layer
+ROUNDS = 3  # of quantize
 
 
 def main() -> None:
@@ -77,35 +80,41 @@ def fused(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     plan, out = planned(file), WORK / "foundation-fused"
     rates = _rates(given)
     script = str(ROOT / "bench" / "_timed.py")
-    line = [PYTHON, script, str(file), str(out), "--threads", str(given.threads), "--memory", str(plan["memory"])]
+    line = [PYTHON, script, str(file), str(out), "--threads", str(given.threads)]
     ran = measured(line, threads=given.threads)
-    layers = [task for task in json.loads(ran.output.splitlines()[-1]) if task["total"] == given.layers]
+    (layers,) = (task["seconds"] for task in json.loads(ran.output.splitlines()[-1]) if task["task"] == LAYERS_TASK)
+    if len(layers) != given.layers:
+        raise RuntimeError(f"{len(layers)} of {given.layers} layers were timed")
     inspected = json.loads(subprocess.check_output([*PROGRAM, "inspect", str(model), "--json"], cwd=ROOT))
     parts = operations(inspected, plan["steps"][0], given.samples * given.length)
     bytes_ = moved(inspected, plan["steps"][-1])
     return {
-        **_measured(out, ran.peak, ran.seconds, given),
+        **_row(_steps(out), [ran], given),
         "rates": rates,
         "operations": [{"part": part, "bound": bound, "operations": count} for part, bound, count in parts],
         "bytes": bytes_,
-        "layer_seconds": {task["task"]: task["seconds"] for task in layers},
-        "beside": {part: round(value, 2) for part, value in seconds(parts, bytes_, rates).items()},
+        "layer_seconds": layers,
+        "beside": {part: float(f"{value:.4g}") for part, value in seconds(parts, bytes_, rates).items()},
     }
 
 
 def quantize(model: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Quantize between two rounds of plain reading and writing."""
+    """Quantize several times, each between two rounds of plain reading and writing."""
     document = {"model": str(model), "steps": [{"quantize": {"format": given.format}}], "evaluate": "never"}
     file, out = recipe("foundation-quantize", document), WORK / "foundation-quantize"
     plan = planned(file)
     sources, size = sorted(model.glob("*.safetensors")), plan["steps"][-1]["bytes"]
-    before = _plain(sources, size)
-    forget(sources)
-    ran = measured(command(file, out, given.threads, limited=True), threads=given.threads)
-    if weights(out) != size:
-        raise RuntimeError(f"the plan said {size} bytes, {out} holds {weights(out)}")
-    found = _measured(out, ran.peak, ran.seconds, given)
-    return found | {"beside": {"plain, before": before, "plain, after": _plain(sources, size)}, "written": size}
+    plain, ran, steps = [_plain(sources, size)], [], []
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
+    for _ in range(ROUNDS):
+        forget(sources)
+        ran.append(measured(command(file, out, given.threads), threads=given.threads))
+        if weights(out) != size:
+            raise RuntimeError(f"the plan said {size} bytes, {out} holds {weights(out)}")
+        steps = _steps(out)
+        plain.append(_plain(sources, size))
+    rounds = [round(one.seconds, 2) for one in ran]
+    return _row(steps, ran, given) | {"rounds": rounds, "beside": {"plain": plain}, "written": size}
 
 
 def _plain(sources: list[Path], size: int) -> float:
@@ -118,14 +127,20 @@ def _plain(sources: list[Path], size: int) -> float:
         target.unlink(missing_ok=True)
 
 
-def _measured(out: Path, peak: int, wall: float, given: argparse.Namespace) -> dict[str, Any]:
-    """What every row has; the output is removed."""
-    steps = json.loads((out / "measured.json").read_text())["steps"]
+def _steps(out: Path) -> list[dict[str, Any]]:
+    """What a run measured of its steps; its output is removed."""
+    steps: list[dict[str, Any]] = json.loads((out / "measured.json").read_text())["steps"]
     shutil.rmtree(out)
+    return steps
+
+
+def _row(steps: Sequence[dict[str, Any]], ran: Sequence[Ran], given: argparse.Namespace) -> dict[str, Any]:
+    """What every row has: the highest peak, the median wall time, the steps of the last run."""
+    told = ("seconds", "check_seconds", "stock_load")
     return {
-        "peak": peak,
-        "seconds": round(wall, 1),
-        "steps": {step["step"]: {k: step.get(k) for k in ("seconds", "check_seconds", "full_load")} for step in steps},
+        "peak": max(one.peak for one in ran),
+        "seconds": round(statistics.median(one.seconds for one in ran), 2),
+        "steps": {step["step"]: {key: step[key] for key in told} for step in steps},
         "predicted": max(step["memory_predicted"] for step in steps),
         "threads": given.threads,
     }

@@ -2,8 +2,9 @@
 
     .venv/bin/python bench/judge.py FOLDER TEXT [--windows 64] [--ref FOLDER]
 
-One JSON line: ppl, params; with --ref also ref_ppl, ratio, kl (nats a token, ref to folder), top1 (agreement). Fails
-on missing, unexpected or mismatched keys. The other scripts call `judge` on models in memory.
+One JSON line: ppl, params, window_nll; with --ref also ref_ppl, ratio, kl (nats a token, ref to folder), top1
+(agreement), window_kl. Fails on missing, unexpected or mismatched keys. The other scripts call `judge` on models in
+memory.
 """
 
 from __future__ import annotations
@@ -43,26 +44,35 @@ def evenly_spaced(folder: Path | str, text: str, windows: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def judge(model: Any, rows: torch.Tensor, reference: Any = None) -> dict[str, float]:
-    """Perplexity over all predicted tokens of `rows`, and the distance from `reference`; keys as the script prints."""
-    nll = reference_nll = kl = agree = 0.0
+def judge(model: Any, rows: torch.Tensor, reference: Any = None) -> dict[str, Any]:
+    """Perplexity over all predicted tokens of `rows` [N, L], and the distance from `reference`; keys as the script
+    prints. `window_nll`, `window_kl`: the same window by window, [N] in nats a token."""
+    nll: list[float] = []  # sums over a window's tokens
+    kl: list[float] = []
+    reference_nll = agree = 0.0
     for batch in rows.split(BATCH):
         target = batch[:, 1:, None]
         p = _log_probabilities(model, batch)
-        nll -= p.gather(-1, target).sum().item()
+        nll += (-p.gather(-1, target).sum(dim=(1, 2))).tolist()
         if reference is not None:
             q = _log_probabilities(reference, batch)
             reference_nll -= q.gather(-1, target).sum().item()
-            kl += (q.exp() * (q - p)).sum().item()
+            kl += (q.exp() * (q - p)).sum(dim=(1, 2)).tolist()
             agree += (q.argmax(-1) == p.argmax(-1)).sum().item()
-    tokens = rows.shape[0] * (rows.shape[1] - 1)
-    found = {"ppl": math.exp(nll / tokens), "params": sum(value.numel() for value in model.parameters())}
+    length = rows.shape[1] - 1
+    tokens = rows.shape[0] * length
+    found: dict[str, Any] = {
+        "ppl": math.exp(sum(nll) / tokens),
+        "params": sum(value.numel() for value in model.parameters()),
+        "window_nll": [round(value / length, 7) for value in nll],
+    }
     if reference is not None:
         found |= {
             "ref_ppl": math.exp(reference_nll / tokens),
-            "ratio": math.exp((nll - reference_nll) / tokens),
-            "kl": kl / tokens,
+            "ratio": math.exp((sum(nll) - reference_nll) / tokens),
+            "kl": sum(kl) / tokens,
             "top1": agree / tokens,
+            "window_kl": [round(value / length, 7) for value in kl],
         }
     return found
 

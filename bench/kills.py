@@ -3,7 +3,8 @@
     .venv/bin/python bench/kills.py [--kills 20] [--seed 0]
 
 Every second run must end with exit code 0 and the bytes of an uninterrupted run (all of OUT but measured.json), the
-source untouched, nothing left beside OUT. tests/kills.py does the work; here every run is the command itself.
+source untouched, nothing left beside OUT. A run that is done before its moment does not count: another one is killed
+earlier in its place. tests/kills.py does the work; here every run is the command itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests import kills
 def main() -> None:
     given = _arguments()
     results = Results("kills", given.results)
-    key = {"recipe": str(kills.RECIPE.relative_to(ROOT)), "kills": given.kills, "seed": given.seed}
+    key = {"recipe": str(kills.RECIPE.relative_to(ROOT)), "killed": given.kills, "seed": given.seed}
     found = None if given.again else results.find(key)
     if found is None:
         found = measure(given.kills, given.seed)

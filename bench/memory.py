@@ -4,10 +4,7 @@
 
 SmolLM2 (64 x 512 tokens, 20 %), and a built llama of 8 and of 64 layers (8 x 512): memory must not grow with depth.
 Above what: the resident memory of a Python right after it has imported torch, transformers and this package.
-
-Every command runs twice. `limited`: with the --memory that its plan asks for, so that the self-check leaves out its
-full load of a result that needs more, as it does for every model larger than memory. `default`: without that flag;
-wherever memory is free the full load is done, and that part of the peak grows with the model.
+The self-check is part of the process: it loads as many layers in stock transformers as fit in the plan's memory.
 """
 
 from __future__ import annotations
@@ -25,7 +22,6 @@ from _process import PYTHON, checkpoint, command, measured, recipe, weights
 from _results import ROOT, WORK, Results, options, say
 
 IMPORTS = "import torch, transformers, compress, compress.cli, compress.run"
-VARIANTS = ("limited", "default")
 PRINT_RESIDENT = "print(next(x.split()[1] for x in open('/proc/self/status') if x.startswith('VmRSS:')))"
 
 
@@ -37,7 +33,6 @@ class Case:
     layers: int | None
     step: str
     samples: int
-    variant: str
 
     def recipe(self, model: str, length: int) -> Path:
         """The case as a recipe file."""
@@ -56,7 +51,6 @@ def main() -> None:
             "model": case.name,
             "layers": case.layers,
             "step": case.step,
-            "variant": case.variant,
             "samples": case.samples if case.step == "prune" else None,
             "length": given.length if case.step == "prune" else None,
         }
@@ -65,15 +59,15 @@ def main() -> None:
             try:
                 found = measure(case, given)
             except subprocess.CalledProcessError as error:  # it has told why; the other rows do not depend on it
-                say(f"{case.name:10} {case.step:9} {case.variant:8} not measured: exit code {error.returncode}")
+                say(f"{case.name:10} {case.step:9} not measured: exit code {error.returncode}")
                 failed = True
                 continue
             results.add(key, found)
-        what = f"{case.name:10} {case.step:9} {case.variant:8}"
+        what = f"{case.name:10} {case.step:9}"
         say(f"{what} {_mib(found['above'])} above the imports' {_mib(found['imports'])}")
         say(
             f"    in the step {_mib(found['step_above'])}, predicted {_mib(found['predicted'])}; "
-            f"full load: {found['full_load']}; {found['seconds']:.0f} s"
+            f"stock load: {found['stock_load']}; {found['seconds']:.0f} s"
         )
     if failed:
         raise SystemExit(1)
@@ -86,7 +80,7 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     imports = resident_after_imports()
     threads = given.threads or len(os.sched_getaffinity(0))
     file = case.recipe(model, given.length)
-    ran = measured(command(file, out, threads, limited=case.variant == "limited"))
+    ran = measured(command(file, out, threads))
     (step,) = json.loads((out / "measured.json").read_text())["steps"]
     written = weights(out)
     shutil.rmtree(out)
@@ -96,7 +90,7 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
         "above": ran.peak - imports,
         "step_above": step["memory_peak"] - step["memory_before"],
         "predicted": step["memory_predicted"],
-        "full_load": step["full_load"],
+        "stock_load": step["stock_load"],
         "weights_written": written,
         "seconds": round(ran.seconds, 1),
         "threads": threads,
@@ -117,12 +111,7 @@ def _built(layers: int) -> Path:
 
 def _cases(given: argparse.Namespace) -> list[Case]:
     models = [("demo", None, given.samples), *((f"llama-{n}", n, given.built_samples) for n in given.layers)]
-    return [
-        Case(name, layers, step, samples, variant)
-        for variant in given.variants
-        for step in given.steps
-        for name, layers, samples in models
-    ]
+    return [Case(name, layers, step, samples) for step in given.steps for name, layers, samples in models]
 
 
 def _mib(size: int) -> str:
@@ -137,7 +126,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 64], help="depths of the built models")
     parser.add_argument("--steps", nargs="+", choices=("prune", "quantize"), default=["prune", "quantize"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--threads", type=int, help="default: all cores")
     return parser.parse_args()
 

@@ -5,8 +5,7 @@
 Every method is a process of its own, others' in an environment of their own (bench/peers). Peaks are of the whole
 process, libraries included, with its children where it has any. Quality is judged by bench/judge.py on WikiText-2 test:
 the folder that was written, loaded by stock transformers; where that does not take it, the model in its maker's memory,
-and the row says so. Our self-check loads the result once more in full, which no peer does: rows named `limited` run
-with the memory that the plan asks for, and leave that out.
+and the row says so. Our runs contain their self-check, which no peer has.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ SAMPLES = 64  # calibration windows of the methods that prune
 
 @dataclass(frozen=True)
 class Ours:
-    """A recipe of one step; `limited`: with just the memory that its plan asks for."""
+    """A recipe of one step."""
 
     group: str
     step: dict[str, Any]
-    limited: bool
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,16 @@ class Peer:
         return Path(PYTHON) if self.environment is None else ENVIRONMENTS / self.environment / "bin" / "python"
 
 
-def _ours(group: str, kind: str, **options: Any) -> dict[str, Ours | Peer]:
-    name = f"ours-{options.get('format', kind)}"
-    step = {kind: options}
-    return {f"{name}-limited": Ours(group, step, True), name: Ours(group, step, False)}
-
-
 ROWS: dict[str, Ours | Peer] = {
-    **_ours("W8A16", "quantize", format="w8a16"),
+    "ours-w8a16": Ours("W8A16", {"quantize": {"format": "w8a16"}}),
     "llm-compressor-w8a16": Peer("W8A16", "llm_compressor", "llm-compressor", "W8A16"),
     "llm-compressor-w8a16-model-free": Peer("W8A16", "llm_compressor", "llm-compressor", "W8A16-model-free"),
     "auto-round-w8a16": Peer("W8A16", "auto_round", "auto-round", "W8A16"),
     "modelopt-int8-weight-only": Peer("W8A16", "modelopt", "modelopt", "INT8-weight-only"),
-    **_ours("W8A8", "quantize", format="w8a8"),
+    "ours-w8a8": Ours("W8A8", {"quantize": {"format": "w8a8"}}),
     "llm-compressor-w8a8": Peer("W8A8", "llm_compressor", "llm-compressor", "W8A8"),
     "llm-compressor-w8a8-model-free": Peer("W8A8", "llm_compressor", "llm-compressor", "W8A8-model-free"),
-    **_ours("FFN, 20 %", "prune", ratio=0.2),
+    "ours-prune": Ours("FFN, 20 %", {"prune": {"ratio": 0.2}}),
     "torch-pruning-magnitude": Peer("FFN, 20 %", "torch_pruning", None, "magnitude"),
     "torch-pruning-taylor": Peer("FFN, 20 %", "torch_pruning", None, "taylor"),
 }
@@ -97,7 +89,7 @@ class Bench:
     def _ours(self, name: str, row: Ours, out: Path) -> list[str]:
         data = {"calibration": {"source": str(self.text.valid), "samples": SAMPLES}}
         document = {"model": str(self.model), "data": data, "steps": [row.step], "evaluate": "never"}
-        return command(recipe(f"peers-{name}", document), out, self.threads, limited=row.limited)
+        return command(recipe(f"peers-{name}", document), out, self.threads)
 
     def _peer(self, row: Peer, out: Path) -> list[str]:
         script = str(SCRIPTS / f"run_{row.script}.py")

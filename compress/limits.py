@@ -4,4 +4,6 @@ from __future__ import annotations
 
 BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
 VOCAB_ROWS = 16384  # rows of the output matrix that are in memory at once
+PACKERS = 8  # blocks of rows that are packed beside each other, at most
+BEHIND = 16 * 2**20  # bytes that wait to be written while the next are made
 DOUBLE_UP_TO = 4096  # columns; above, float64 costs twice the memory of an H that is the largest thing alive

@@ -1,7 +1,8 @@
 """Write a checkpoint folder: all headers first, then tensors in any order, then one rename.
 
 The shapes are planned before a weight is read, so every tensor's place is known from the start: files are laid out
-from the plan and filled by positioned writes, in whatever order a streaming step produces its tensors. Nothing of
+from the plan and filled by positioned writes, in whatever order a streaming step produces its tensors; a thread writes
+while the next ones are made, so a tensor that was given must not change afterwards. Nothing of
 `target` exists until everything was written, synced and renamed; on any error the partial folder is removed, unless
 it is kept for a run that goes on from it (ledger.py says from where).
 """
@@ -12,8 +13,10 @@ import errno
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Condition, Thread
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +26,7 @@ from compress.checkpoint.headers import INDEX, TensorSpec
 from compress.checkpoint.layout import SHARD_BYTES, Shard, layout
 from compress.checkpoint.reader import Reader, spec_of
 from compress.errors import MachineError, SelfCheckError
+from compress.limits import BEHIND
 
 # What a checkpoint folder holds besides weights and config.json and must keep: tokenizer, processor, templates, legal.
 CARRIED = (
@@ -63,6 +67,7 @@ class Writer:
         self.kept = False  # whether it goes on from a partial folder that was left
         self._rows: dict[str, int] = {}
         self._files: dict[str, int] = {}
+        self._behind = _Behind()
 
     def __enter__(self) -> Writer:
         kept = self._keep and all(_starts_with(self.partial / shard.name, shard.header) for shard in self._shards)
@@ -97,6 +102,7 @@ class Writer:
     def sync(self) -> None:
         """All that was written so far reaches the disk."""
         with disk_errors(self.partial):
+            self._behind.wait()
             for descriptor in self._files.values():
                 os.fsync(descriptor)
             sync(self.partial)
@@ -112,6 +118,7 @@ class Writer:
 
     def _close(self, remove: bool) -> None:
         """Close all files; remove the partial folder, which is gone already when all went well."""
+        self._behind.stop()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
@@ -187,12 +194,13 @@ class Writer:
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         with disk_errors(self.partial):
             view = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs for 3.11 lack Buffer
-            _pwrite(self._files[shard.name], view, offset + start)
+            self._behind.write(self._files[shard.name], view, offset + start)
 
     def _finish(self) -> None:
         if self._missing:
             raise SelfCheckError(f"{len(self._missing)} planned tensors were not written, first '{min(self._missing)}'")
         with disk_errors(self.partial):
+            self._behind.wait()
             if len(self._shards) > 1:
                 weight_map = {t.name: s.name for s in self._shards for t in s.tensors}
                 total = sum(t.nbytes for s in self._shards for t in s.tensors)
@@ -204,6 +212,72 @@ class Writer:
             sync(self.partial)
             os.rename(self.partial, self.target)
             sync(self.target.parent)
+
+
+class _Behind:
+    """Writes in a thread of its own, in the order given, while the caller makes what comes next.
+
+    At most BEHIND bytes wait; what is larger is written at once. An error is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._room = Condition()
+        self._waiting: deque[tuple[int, memoryview, int]] = deque()
+        self._bytes = 0  # of what waits, and of what is being written
+        self._error: OSError | None = None
+        self._thread: Thread | None = None
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> None:
+        """Write `data`, which must not change until it is written, at `offset`."""
+        if len(data) > BEHIND:
+            self.wait()
+            _pwrite(descriptor, data, offset)
+            return
+        with self._room:
+            self._room.wait_for(lambda: self._bytes + len(data) <= BEHIND or self._error is not None)
+            self._raise()
+            self._waiting.append((descriptor, data, offset))
+            self._bytes += len(data)
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="writing", daemon=True)
+                self._thread.start()
+            self._room.notify_all()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        with self._room:
+            self._room.wait_for(lambda: self._bytes == 0 or self._error is not None)
+            self._raise()
+
+    def stop(self) -> None:
+        """Drop what waits, and end the thread: afterwards nothing is written any more."""
+        with self._room:
+            self._waiting.clear()
+            thread, self._thread = self._thread, None
+            self._room.notify_all()
+        if thread is not None:
+            thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            with self._room:
+                self._room.wait_for(lambda: self._waiting or self._thread is None)
+                if not self._waiting:
+                    return
+                descriptor, data, offset = self._waiting.popleft()
+            try:
+                _pwrite(descriptor, data, offset)
+            except OSError as error:
+                with self._room:
+                    self._error = self._error or error
+                    self._waiting.clear()
+            with self._room:
+                self._bytes = self._bytes - len(data) if self._error is None else 0
+                self._room.notify_all()
 
 
 def sync(path: Path) -> None:

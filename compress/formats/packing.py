@@ -6,9 +6,13 @@ written of a layer it holds until `release`, so that `written` can be streamed b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +22,9 @@ from compress.checkpoint.reader import Reader, spec_of
 from compress.checkpoint.writer import Writer
 from compress.formats.format import Format, row_blocks
 from compress.formats.plain import Plain
+from compress.limits import PACKERS
+
+Work = Callable[[int, torch.Tensor], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -29,6 +36,9 @@ class Counts:
     zero: int = 0
     subnormal: int = 0
 
+    def __post_init__(self) -> None:
+        self._lock = Lock()  # blocks are cast beside each other
+
     def cast(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """Count what a cast lost."""
         if before.dtype == after.dtype:
@@ -36,8 +46,10 @@ class Counts:
         size = after.float().abs_()
         left = int(torch.count_nonzero(size))
         small = int(torch.count_nonzero(size < torch.finfo(after.dtype).smallest_normal))
-        self.zero += int(torch.count_nonzero(before)) - left
-        self.subnormal += small - (size.numel() - left)
+        zero = int(torch.count_nonzero(before)) - left
+        with self._lock:
+            self.zero += zero
+            self.subnormal += small - (size.numel() - left)
 
 
 class Packer:
@@ -53,11 +65,12 @@ class Packer:
             stream.advance(layer, probe)
         packer.release()
 
-    UserError names a tensor that a narrower float cannot hold.
+    Up to `threads` blocks are packed beside each other, each by one thread: rows are independent, so the bytes are the
+    same. UserError names a tensor that a narrower float cannot hold.
     """
 
-    def __init__(self, writer: Writer, how: Format, linears: Collection[str]) -> None:
-        self.how = how
+    def __init__(self, writer: Writer, how: Format, linears: Collection[str], threads: int = 1) -> None:
+        self.how, self._threads = how, min(threads, PACKERS)
         self._writer, self._linears = writer, frozenset(linears)
         self._held: dict[str, torch.Tensor] = {}
         self._counts = Counts()
@@ -142,14 +155,17 @@ class Packer:
         module = self._module(spec.name)
         error = _Error(spec.shape[0])
         whole: dict[str, torch.Tensor] = {}
-        start = 0
-        for block in blocks:
-            stored = {spec.name: self._cast(spec.name, block)} if module is None else self._pack(module, block, error)
+
+        def work(start: int, block: torch.Tensor) -> dict[str, torch.Tensor]:
+            if module is None:
+                return {spec.name: self._cast(spec.name, block)}
+            return self._pack(module, start, block, error)
+
+        for start, stored in _beside(work, blocks, self._threads):
             for key, value in stored.items():
                 self._writer.put_rows(key, start, value)
                 if hold:
                     _fill(whole, key, spec.shape[0], start, value)
-            start += len(block)
         if module is not None:
             constants = self.how.constants(module, (spec.shape[0], spec.shape[1]))
             for key, value in constants.items():
@@ -158,11 +174,11 @@ class Packer:
             self._counts.errors.setdefault(_kind(module), []).append(error.relative())
         return whole
 
-    def _pack(self, module: str, rows: torch.Tensor, error: _Error) -> dict[str, torch.Tensor]:
-        """The stored form of some rows of a linear."""
+    def _pack(self, module: str, start: int, rows: torch.Tensor, error: _Error) -> dict[str, torch.Tensor]:
+        """The stored form of the rows of a linear from `start` on."""
         stored = self.how.pack_rows(module, rows)
         constants = self.how.constants(module, (rows.shape[0], rows.shape[1]))
-        error.add(rows, self.how.unpack(module, stored | constants, torch.float32))
+        error.add(start, rows, self.how.unpack(module, stored | constants, torch.float32))
         if isinstance(self.how, Plain):
             self._counts.cast(rows, stored[f"{module}.weight"])
         return stored
@@ -192,20 +208,50 @@ class _Error:
     """
 
     def __init__(self, rows: int) -> None:
-        self._done = 0
         self._norms, self._differences = torch.empty(rows), torch.empty(rows)
 
-    def add(self, rows: torch.Tensor, restored: torch.Tensor) -> None:
-        """The next rows, and what is restored of them, in float32; `restored` is overwritten."""
+    def add(self, start: int, rows: torch.Tensor, restored: torch.Tensor) -> None:
+        """The rows from `start` on, and what is restored of them, in float32; `restored` is overwritten."""
         wide = rows.float()
-        part = slice(self._done, self._done + len(rows))
+        part = slice(start, start + len(rows))
         self._norms[part] = torch.linalg.vector_norm(wide, dim=1)
         self._differences[part] = torch.linalg.vector_norm(restored.sub_(wide), dim=1)
-        self._done += len(rows)
 
     def relative(self) -> float:
         total, difference = (float(norms.double().square().sum()) for norms in (self._norms, self._differences))
         return (difference / total) ** 0.5 if total else 0.0
+
+
+def _beside(work: Work, blocks: Iterable[torch.Tensor], threads: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """(start, work(start, block)) of blocks of rows in their order, `threads` of them done beside each other.
+
+    Torch's own threads would wait for each other at every operation on a block: here one thread does a whole one.
+    """
+    done: deque[tuple[int, Future[dict[str, torch.Tensor]]]] = deque()
+    start = 0
+    with _single_threaded(), ThreadPoolExecutor(threads, "packing") as pool:
+        try:
+            for block in blocks:
+                done.append((start, pool.submit(work, start, block)))
+                start += len(block)
+                if len(done) > threads:
+                    first, future = done.popleft()
+                    yield first, future.result()
+            while done:
+                first, future = done.popleft()
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:

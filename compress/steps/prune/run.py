@@ -97,7 +97,7 @@ class _Pruner:
         self.packer = Packer(writer, PLAIN, ())
         if job.pack is not None:
             after, how = job.pack.after, format_named(cast(Any, job.pack.options).format)
-            self.packer = Packer(writer, how, decoder_linears(plan.after, made))
+            self.packer = Packer(writer, how, decoder_linears(plan.after, made), job.machine.threads)
         # the probe runs in float32 whatever the statistics run in: the self-check compares it exactly
         self.probe = open_stream(self.packer.written(reader, after), torch.float32)
         sizes = family.sizes(plan.before)

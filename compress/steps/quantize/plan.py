@@ -8,7 +8,7 @@ from compress.checkpoint.layout import files_bytes
 from compress.errors import UserError
 from compress.formats import PLAIN, Format, Plain, decoder_linears, format_named, format_of
 from compress.formats.format import BLOCK_BYTES, FLOATS
-from compress.limits import VOCAB_ROWS
+from compress.limits import BEHIND, PACKERS, VOCAB_ROWS
 from compress.steps.quantize.options import QuantizeOptions
 from compress.steps.types import Complain, PlanContext, StepPlan
 
@@ -43,7 +43,7 @@ def plan(before: Header, options: QuantizeOptions, context: PlanContext, complai
         after=after,
         parameters=how.parameters(after, family),
         nbytes=files_bytes(after.tensors.values(), context.shard_bytes),
-        memory=_memory(before, after, how, linears, family),
+        memory=_memory(before, after, how, linears, family, min(context.threads, PACKERS)),
         notes=_notes(before, after, how, linears, family),
     )
 
@@ -83,9 +83,10 @@ def _notes(before: Header, after: Header, how: Format, linears: tuple[str, ...],
     return tuple(notes)
 
 
-def _memory(before: Header, after: Header, how: Format, linears: tuple[str, ...], family: Family) -> int:
-    """Blocks of rows, and the larger of two: a layer as it is stored, with the probe's modules of it and a copy of the
-    largest codes; or a block of the output matrix as it is read, stored and multiplied, with the probe's logits."""
+def _memory(before: Header, after: Header, how: Format, linears: tuple[str, ...], family: Family, packers: int) -> int:
+    """Blocks of rows for each of `packers` and one that waits; what waits to be written; and the larger of two: a layer
+    as it is stored, with the probe's modules of it and a copy of the largest codes; or a block of the output matrix as
+    it is read, stored and multiplied, with the probe's logits."""
     sizes, first = family.sizes(before), family.prefix(0)
     stored = sum(t.nbytes for name, t in after.tensors.items() if name.startswith(first))
     weights = [before.tensors[f"{module}.weight"] for module in linears if module.startswith(first)]
@@ -96,4 +97,4 @@ def _memory(before: Header, after: Header, how: Format, linears: tuple[str, ...]
     tokens = PROBE[0] * PROBE[1]
     head = min(VOCAB_ROWS, sizes.vocab) * sizes.hidden * (4 + 2 * width) + 4 * tokens * sizes.vocab
     activations = 4 * tokens * 4 * (sizes.hidden + sizes.ffn + sizes.heads * sizes.head_dim)
-    return max(layer, head) + activations + BLOCKS * BLOCK_BYTES + SPARE
+    return max(layer, head) + activations + (packers + 1) * BLOCKS * BLOCK_BYTES + BEHIND + SPARE

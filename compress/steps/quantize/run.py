@@ -34,7 +34,7 @@ def run(job: Job) -> Outcome:
         Reader(job.source, job.plan.before) as reader,
         Writer(job.target, after.tensors.values(), job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
-        packer = Packer(writer, how, decoder_linears(reader.header, job.family))
+        packer = Packer(writer, how, decoder_linears(reader.header, job.family), job.machine.threads)
         stream = open_stream(packer.written(reader, after), torch.float32)
         *layers, rest = units(reader.header, job.family)
         ids = _probe_ids(job, reader.header)

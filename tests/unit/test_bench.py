@@ -1,0 +1,81 @@
+"""What the measurements in bench/ rest on: the paired difference, and the judge's windows."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scripts' folder on the path, as for a script that is started; their modules go again."""
+    before = set(sys.modules)
+    monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
+    yield
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
+            del sys.modules[name]
+
+
+def test_a_paired_difference_by_hand() -> None:
+    from _paired import paired
+
+    # differences 3, -1, 2, 0: mean 1, variance (4 + 4 + 1 + 1) / 3, standard error sqrt(10 / 3 / 4)
+    found = paired([13.0, 19.0, 7.0, 1.0], [10.0, 20.0, 5.0, 1.0])
+    assert found.mean == 1.0
+    assert found.error == pytest.approx(math.sqrt(10 / 12))
+    assert found.noise
+    assert str(found) == "+1.00e+00 +- 9.1e-01 nats a token over 4 windows, within noise"
+    # differences 1, 2, 3, 2: mean 2, standard error sqrt(2 / 3 / 4); its sign does not matter
+    for sign in (1, -1):
+        found = paired([sign * 1.0, sign * 2.0, sign * 3.0, sign * 2.0], [0.0] * 4)
+        assert (found.mean, found.error) == (sign * 2.0, pytest.approx(math.sqrt(1 / 6)))
+        assert not found.noise
+    assert paired([1.0, 2.0], [1.0, 2.0]).noise  # the same bytes
+
+
+@pytest.mark.parametrize("other", [[1.0], [1.0, 2.0, 3.0]])
+def test_windows_that_are_no_pairs(other: list[float]) -> None:
+    from _paired import paired
+
+    with pytest.raises(ValueError):
+        paired([1.0, 2.0][: max(1, len(other) - 1)], other)
+
+
+def test_the_judges_windows_are_its_means(tmp_path: Path) -> None:
+    import torch
+    from judge import judge, load
+
+    from tests import tiny
+
+    model, other = load(tiny.llama(tmp_path / "a", seed=0)), load(tiny.llama(tmp_path / "b", seed=1))
+    rows = torch.randint(0, 100, (6, 16), generator=torch.Generator().manual_seed(0))  # more than one batch
+    found = judge(model, rows, other)
+    assert len(found["window_nll"]) == len(found["window_kl"]) == 6
+    assert math.log(found["ppl"]) == pytest.approx(sum(found["window_nll"]) / 6, abs=1e-6)
+    assert found["kl"] == pytest.approx(sum(found["window_kl"]) / 6, abs=1e-6)
+    assert found["kl"] > 1e-3
+    alone = judge(model, rows[3:4])
+    assert alone["window_nll"] == [pytest.approx(found["window_nll"][3], abs=1e-5)]
+    assert "window_kl" not in alone
+
+
+def test_a_peers_verdict_names_the_noise() -> None:
+    from _foundation_sections import peers_quant
+
+    def row(name: str, nll: list[float] | None) -> dict[str, object]:
+        numbers = {"ppl": 20.0, "ratio": 1.0, "kl": 0.1, "top1": 0.9, "peak": 2**30, "bytes": 1, "seconds": 1.0}
+        windows = {} if nll is None else {"window_nll": nll, "window_kl": [0.1, 0.1]}
+        return {"key": {"row": name, "model": "m"}, "found": {**numbers, **windows, "judged": "stock", "threads": 1}}
+
+    ours, same = row("ours-w8a16", [3.0, 3.2]), row("auto-round-w8a16", [3.0, 3.2])
+    old, worse = row("modelopt-int8-weight-only", None), row("llm-compressor-w8a16", [2.0, 2.2])
+    lines = [line for line in peers_quant([ours, same, old, worse]).splitlines() if line.startswith("- perplexity")]
+    ends = ["beyond noise", "within noise", "met"]
+    assert [line.endswith(end) for line, end in zip(lines, ends, strict=True)] == [True] * 3, lines
