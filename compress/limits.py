@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
-VOCAB_ROWS = 16384  # rows of the output matrix that are in memory at once
+VOCAB_BYTES = 4 * 2**20  # float32 bytes of the output matrix in memory at once: few enough for a core's cache
 PACKERS = 8  # blocks of rows that are packed beside each other, at most
-BEHIND = 16 * 2**20  # bytes that wait to be written while the next are made
+BEHIND = 4 * 2**20  # bytes that wait to be written while the next are made
 DOUBLE_UP_TO = 4096  # columns; above, float64 costs twice the memory of an H that is the largest thing alive
+
+
+def vocab_rows(hidden: int) -> int:
+    """Rows of the output matrix that are in memory at once."""
+    return max(1, VOCAB_BYTES // (4 * hidden))

@@ -28,6 +28,8 @@ from compress.checkpoint.reader import Reader, spec_of
 from compress.errors import MachineError, SelfCheckError
 from compress.limits import BEHIND
 
+FLUSH = 256 * 2**20  # bytes
+
 # What a checkpoint folder holds besides weights and config.json and must keep: tokenizer, processor, templates, legal.
 CARRIED = (
     "tokenizer*",
@@ -217,7 +219,8 @@ class Writer:
 class _Behind:
     """Writes in a thread of its own, in the order given, while the caller makes what comes next.
 
-    At most BEHIND bytes wait; what is larger is written at once. An error is raised by the next call.
+    At most BEHIND bytes wait; what is larger is written at once. Every FLUSH bytes another thread begins to bring them
+    to the disk, so that the last sync has little left. An error is raised by the next call.
     """
 
     def __init__(self) -> None:
@@ -226,12 +229,14 @@ class _Behind:
         self._bytes = 0  # of what waits, and of what is being written
         self._error: OSError | None = None
         self._thread: Thread | None = None
+        self._dirty = 0
+        self._flushing: Thread | None = None
 
     def write(self, descriptor: int, data: memoryview, offset: int) -> None:
         """Write `data`, which must not change until it is written, at `offset`."""
         if len(data) > BEHIND:
             self.wait()
-            _pwrite(descriptor, data, offset)
+            self._write(descriptor, data, offset)
             return
         with self._room:
             self._room.wait_for(lambda: self._bytes + len(data) <= BEHIND or self._error is not None)
@@ -253,14 +258,36 @@ class _Behind:
         """Drop what waits, and end the thread: afterwards nothing is written any more."""
         with self._room:
             self._waiting.clear()
-            thread, self._thread = self._thread, None
+            threads = [self._thread, self._flushing]
+            self._thread = None
             self._room.notify_all()
-        if thread is not None:
-            thread.join()
+        for thread in threads:
+            if thread is not None:
+                thread.join()
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+    def _fail(self, error: OSError) -> None:
+        with self._room:
+            self._error = self._error or error
+            self._waiting.clear()
+            self._room.notify_all()
+
+    def _write(self, descriptor: int, data: memoryview, offset: int) -> None:
+        _pwrite(descriptor, data, offset)
+        self._dirty += len(data)
+        if self._dirty >= FLUSH and (self._flushing is None or not self._flushing.is_alive()):
+            self._dirty = 0
+            self._flushing = Thread(target=self._flush, args=(descriptor,), name="flushing", daemon=True)
+            self._flushing.start()
+
+    def _flush(self, descriptor: int) -> None:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            self._fail(error)
 
     def _run(self) -> None:
         while True:
@@ -270,11 +297,9 @@ class _Behind:
                     return
                 descriptor, data, offset = self._waiting.popleft()
             try:
-                _pwrite(descriptor, data, offset)
+                self._write(descriptor, data, offset)
             except OSError as error:
-                with self._room:
-                    self._error = self._error or error
-                    self._waiting.clear()
+                self._fail(error)
             with self._room:
                 self._bytes = self._bytes - len(data) if self._error is None else 0
                 self._room.notify_all()

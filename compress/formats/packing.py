@@ -77,6 +77,10 @@ class Packer:
 
     def put(self, name: str, value: torch.Tensor, *, hold: bool = True) -> None:
         """Write one tensor of the plain checkpoint, in the dtype that the plain checkpoint stores it in."""
+        with _single_threaded():
+            self._put(name, value, hold)
+
+    def _put(self, name: str, value: torch.Tensor, hold: bool) -> None:
         spec = spec_of(name, value)
         if not self._changes(spec):
             self._writer.put(name, value)
@@ -89,13 +93,17 @@ class Packer:
         self._held.update(stored if hold else {})
 
     def take(self, reader: Reader, name: str, *, hold: bool = True) -> None:
-        """Write one tensor that `reader` holds; a block of rows is in memory at once, beside what is held."""
+        """Write one tensor that `reader` holds; a few blocks of rows are in memory at once, beside what is held."""
+        with _single_threaded():
+            self._take(reader, name, hold)
+
+    def _take(self, reader: Reader, name: str, hold: bool) -> None:
         spec = reader.spec(name)
         if self._changes(spec) and spec.shape and spec.parameters:
             stored = self._store(spec, (reader.rows(name, slice(*block)) for block in _blocks(spec)), hold)
             self._held.update(stored)
         elif self._changes(spec) or hold:
-            self.put(name, reader.tensor(name), hold=hold)
+            self._put(name, reader.tensor(name), hold)
         else:
             self._writer.copy(reader, name)
 
@@ -223,13 +231,10 @@ class _Error:
 
 
 def _beside(work: Work, blocks: Iterable[torch.Tensor], threads: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """(start, work(start, block)) of blocks of rows in their order, `threads` of them done beside each other.
-
-    Torch's own threads would wait for each other at every operation on a block: here one thread does a whole one.
-    """
+    """(start, work(start, block)) of blocks of rows in their order, `threads` of them done beside each other."""
     done: deque[tuple[int, Future[dict[str, torch.Tensor]]]] = deque()
     start = 0
-    with _single_threaded(), ThreadPoolExecutor(threads, "packing") as pool:
+    with ThreadPoolExecutor(threads, "packing") as pool:
         try:
             for block in blocks:
                 done.append((start, pool.submit(work, start, block)))
@@ -246,6 +251,8 @@ def _beside(work: Work, blocks: Iterable[torch.Tensor], threads: int) -> Iterato
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
+    """Torch's own threads would wait for each other at every operation on a block, and for the thread that writes:
+    here one thread does all of a block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

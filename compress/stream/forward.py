@@ -19,7 +19,7 @@ from compress.arch.rope import arranged
 from compress.checkpoint.reader import Reader
 from compress.device import precision_of
 from compress.errors import UserError
-from compress.limits import BATCH_TOKENS, VOCAB_ROWS
+from compress.limits import BATCH_TOKENS, vocab_rows
 from compress.machine import Progress, Silent, return_freed_memory
 from compress.stream.arranged import Arranged, stock_view
 from compress.stream.stock import stock_model
@@ -106,9 +106,9 @@ class Stream:
         stored, shared = f"{self.family.head}.weight", self.family.head_tensor(self.reader.header)
         if stored == shared or stored not in self.reader:
             return
-        rows = self.reader.spec(shared).shape[0]
-        for start in range(0, rows, VOCAB_ROWS):
-            part = slice(start, start + VOCAB_ROWS)
+        rows, columns = self.reader.spec(shared).shape
+        for start in range(0, rows, vocab_rows(columns)):
+            part = slice(start, start + vocab_rows(columns))
             if not torch.equal(self.reader.rows(stored, part), self.reader.rows(shared, part)):
                 raise UserError(
                     f"{self.reader.folder}: config.json ties {self.family.head} to the embedding, but both are stored "
@@ -210,10 +210,11 @@ class Stream:
         """Logits of normed hidden states [T, hidden] into `out` [T, vocab] float32 on the stream's device, by blocks
         of the vocabulary."""
         name = self.family.head_tensor(self.reader.header)
-        rows = self.reader.spec(name).shape[0]
+        rows, columns = self.reader.spec(name).shape
+        step = vocab_rows(columns)
         wide = hidden.to(self.device).float()  # logits in float32: rounded to bfloat16 they would blur a KL divergence
-        for start in range(0, rows, VOCAB_ROWS):
-            block = self.reader.rows(name, slice(start, start + VOCAB_ROWS), torch.float32)
+        for start in range(0, rows, step):
+            block = self.reader.rows(name, slice(start, start + step), torch.float32)
             torch.mm(wide, block.T, out=out[:, start : start + len(block)])
         return out
 

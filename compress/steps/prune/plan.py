@@ -10,7 +10,7 @@ from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
-from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_ROWS
+from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keep, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -137,7 +137,7 @@ def _memory(sizes: Sizes, context: PlanContext, before: Header) -> int:
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)
     solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
-    vocabulary = VOCAB_ROWS * sizes.hidden * 8
+    vocabulary = 2 * VOCAB_BYTES
     alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20

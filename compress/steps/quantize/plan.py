@@ -8,13 +8,13 @@ from compress.checkpoint.layout import files_bytes
 from compress.errors import UserError
 from compress.formats import PLAIN, Format, Plain, decoder_linears, format_named, format_of
 from compress.formats.format import BLOCK_BYTES, FLOATS
-from compress.limits import BEHIND, PACKERS, VOCAB_ROWS
+from compress.limits import BEHIND, PACKERS, vocab_rows
 from compress.steps.quantize.options import QuantizeOptions
 from compress.steps.types import Complain, PlanContext, StepPlan
 
-PROBE = (2, 32)  # windows and tokens of the probe: enough to tell a wrong scale, cheap on 10 B parameters
+PROBE = (2, 16)  # windows and tokens of the probe: enough to tell a wrong scale, cheap on 10 B parameters
 BLOCKS = 10  # of rows, alive at once: as they are read, wide, scaled, as codes, restored
-SPARE = 64 * 2**20  # what libraries allocate for themselves while they work
+SPARE = 128 * 2**20  # what libraries allocate for themselves while they work, and threads keep of what is freed
 
 
 def plan(before: Header, options: QuantizeOptions, context: PlanContext, complain: Complain) -> StepPlan | None:
@@ -95,6 +95,6 @@ def _memory(before: Header, after: Header, how: Format, linears: tuple[str, ...]
     )
     width = max(DTYPE_BYTES[t.dtype] for t in before.tensors.values())
     tokens = PROBE[0] * PROBE[1]
-    head = min(VOCAB_ROWS, sizes.vocab) * sizes.hidden * (4 + 2 * width) + 4 * tokens * sizes.vocab
+    head = min(vocab_rows(sizes.hidden), sizes.vocab) * sizes.hidden * (4 + 2 * width) + 4 * tokens * sizes.vocab
     activations = 4 * tokens * 4 * (sizes.hidden + sizes.ffn + sizes.heads * sizes.head_dim)
     return max(layer, head) + activations + (packers + 1) * BLOCKS * BLOCK_BYTES + BEHIND + SPARE

@@ -16,7 +16,7 @@ from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
 from compress.formats import decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
-from compress.limits import VOCAB_ROWS
+from compress.limits import vocab_rows
 from compress.steps.quantize.options import QuantizeOptions
 from compress.steps.quantize.plan import PROBE, units
 from compress.steps.types import Job, Outcome
@@ -42,6 +42,7 @@ def run(job: Job) -> Outcome:
         with job.progress.task(f"writing {how.name}", len(layers) + 1) as task:
             task.advance(done)
             for index in range(done, len(layers)):
+                reader.prefetch(layers[index + 1] if index + 1 < len(layers) else rest[:1])
                 _layer(index, layers[index], reader, packer, stream, hidden)
                 _save(job, writer, packer, index + 1, hidden)
                 task.advance()
@@ -94,14 +95,15 @@ def _layer(
 def _rest(names: Sequence[str], reader: Reader, packer: Packer, stream: Stream, hidden: torch.Tensor) -> torch.Tensor:
     """Write what is outside the layers; returns the probe's logits [N, L, vocab], from the output matrix in passing."""
     head = stream.family.head_tensor(reader.header)
-    vocab = reader.spec(head).shape[0]
+    vocab, step = reader.spec(head).shape[0], vocab_rows(hidden.shape[-1])
     normed = stream.norm(hidden).flatten(0, 1)
     logits = torch.empty(len(normed), vocab)
-    for name in names:
+    for index, name in enumerate(names):
+        reader.prefetch(names[index + 1 : index + 2])
         if name != head:
             packer.take(reader, name, hold=False)
             continue
-        for start in range(0, vocab, VOCAB_ROWS):  # the blocks of Stream.head: the very same products
-            rows = packer.put_rows(name, start, reader.rows(name, slice(start, start + VOCAB_ROWS)))
+        for start in range(0, vocab, step):  # the blocks of Stream.head: the very same products
+            rows = packer.put_rows(name, start, reader.rows(name, slice(start, start + step)))
             torch.mm(normed, rows.float().T, out=logits[:, start : start + len(rows)])
     return logits.view(*hidden.shape[:2], vocab)
