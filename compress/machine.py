@@ -7,8 +7,8 @@ thread count and the device, which the receipt records.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +42,23 @@ class Machine:
 def cores() -> int:
     """Cores that this process may use; where the system does not say (macOS), all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """While open, torch uses so many threads, at least one.
+
+    Its threads wait for each other at every operation. Beside a thread that hashes or writes, each of them must find a
+    core of its own: with one thread too many, a product of 0.6 s took 9 s.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Task(Protocol):

@@ -28,7 +28,7 @@ from compress.checkpoint.ledger import EVERY, Ledger
 from compress.checkpoint.writer import sync
 from compress.device import device_errors, device_of, peak_of, reset_peak
 from compress.errors import GateError, MachineError, UserError
-from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory, resident_memory
+from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory, resident_memory, torch_threads
 from compress.output import check_apart, check_out, locked, publish, rejected, work_folder
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, dump
@@ -252,7 +252,8 @@ class _Run:
         try:
             ahead(sorted(target.glob("*.safetensors")))  # for the receipt, beside the check
             memory = min(self.plan.memory or 0, self.machine.available_memory())
-            checked, stock_load = self_check(target, unit.steps[-1][1], outcome, memory, self.progress)
+            with torch_threads(self.machine.threads - 1):
+                checked, stock_load = self_check(target, unit.steps[-1][1], outcome, memory, self.progress)
         finally:
             written.forget()  # should the check fail, the same code would write the same again
         resume.carry_scores(source, target)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from threading import Lock
@@ -23,6 +22,7 @@ from compress.checkpoint.writer import Writer
 from compress.formats.format import Format, row_blocks
 from compress.formats.plain import Plain
 from compress.limits import PACKERS
+from compress.machine import torch_threads
 
 Work = Callable[[int, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -77,7 +77,7 @@ class Packer:
 
     def put(self, name: str, value: torch.Tensor, *, hold: bool = True) -> None:
         """Write one tensor of the plain checkpoint, in the dtype that the plain checkpoint stores it in."""
-        with _single_threaded():
+        with torch_threads(1):
             self._put(name, value, hold)
 
     def _put(self, name: str, value: torch.Tensor, hold: bool) -> None:
@@ -94,7 +94,7 @@ class Packer:
 
     def take(self, reader: Reader, name: str, *, hold: bool = True) -> None:
         """Write one tensor that `reader` holds; a few blocks of rows are in memory at once, beside what is held."""
-        with _single_threaded():
+        with torch_threads(1):
             self._take(reader, name, hold)
 
     def _take(self, reader: Reader, name: str, hold: bool) -> None:
@@ -247,18 +247,6 @@ def _beside(work: Work, blocks: Iterable[torch.Tensor], threads: int) -> Iterato
                 yield first, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Torch's own threads would wait for each other at every operation on a block, and for the thread that writes:
-    here one thread does all of a block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ from compress.errors import UserError
 from compress.formats import FORMATS, decoder_linears, format, open_stream
 from compress.formats.packing import Packer
 from compress.machine import peak_memory, reset_peak_memory, resident_memory
-from compress.steps.quantize.plan import units
+from compress.steps.quantize.plan import SPARE, units
 from compress.stream.forward import Stream
 from tests import tiny
 from tests.unit.test_quantize import quantize
@@ -181,4 +181,4 @@ def test_the_planned_memory_is_an_honest_bound(how: str, tmp_path_factory: pytes
     reset_peak_memory()
     job, _ = quantize(source, tmp_path_factory.mktemp("out") / "wide", how)
     grown = peak_memory() - before
-    assert grown <= job.plan.memory <= 64 * 2**20 + 1.5 * max(grown, 40 * 2**20)
+    assert grown <= job.plan.memory <= SPARE + 1.5 * max(grown, 40 * 2**20)

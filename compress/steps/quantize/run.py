@@ -17,6 +17,7 @@ from compress.checkpoint.writer import Writer
 from compress.formats import decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.limits import vocab_rows
+from compress.machine import torch_threads
 from compress.steps.quantize.options import QuantizeOptions
 from compress.steps.quantize.plan import PROBE, units
 from compress.steps.types import Job, Outcome
@@ -31,6 +32,7 @@ def run(job: Job) -> Outcome:
     how = format_named(cast(QuantizeOptions, job.plan.options).format)
     after = job.plan.after
     with (
+        torch_threads(job.machine.threads - 1),  # one core is the writer's
         Reader(job.source, job.plan.before) as reader,
         Writer(job.target, after.tensors.values(), job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
