@@ -32,6 +32,10 @@ STARTUP = {
     "prune-help": ("`autoglm-compress prune --help`", None),
     "plan": ("`autoglm-compress plan`, 10.3 B from headers", 3.0),
 }
+SAMPLING_SECONDS = 300
+SAMPLING = """\
+`self`: temperature 1, top-p 0.95, in batches with keys and values kept; whole processes, imports and loading included.
+"""
 DEMO_SECONDS, DEMO_RATIO = 600, 1.5
 PRUNING_MEMORY, MEMORY_GROWTH = 512 * MIB, 1.10
 
@@ -54,6 +58,21 @@ Peak of the whole process, self-check included, above a Python that has only imp
 package. Stock load: the layers of the result that the self-check loaded in stock transformers, as many as fit in the
 memory that the plan asks for, and what it found.
 """
+
+
+def sampling(rows: list[Row]) -> str:
+    """One line a setting, and the number to meet for the setting that it is stated for."""
+    lines, verdicts = [], []
+    for row in rows:
+        key, found = row["key"], row["found"]
+        size = f"{key['samples']} x {key['length']}"
+        rate = number(found["tokens"] / found["seconds"], 0)
+        times = (number(found["seconds"], 0), rate, number(found["again_seconds"], 1), number(found["peak"] / MIB, 0))
+        lines.append((key["model"], size, str(key["threads"]), *times))
+        if (key["samples"], key["length"], key["threads"]) == (128, 512, 2):
+            verdicts.append(verdict("64 k tokens, two threads", found["seconds"], SAMPLING_SECONDS, "s", 0))
+    header = ("model", "tokens", "threads", "s", "tokens a second", "s from the cache", "peak MiB")
+    return f"{SAMPLING}\n{table(header, lines)}\n{''.join(verdicts)}"
 
 
 def demo(rows: list[Row]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from _foundation_sections import foundation, fuzz, kills, peers_quant
 from _markdown import Row, provenance
 from _results import ROOT, options
-from _sections import damping, demo, memory, pruning, startup
+from _sections import damping, demo, memory, pruning, sampling, startup
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 
@@ -54,6 +54,7 @@ def render(folder: Path) -> str:
         ("Kills", "kills", kills),
         ("Damaged input", "fuzz", fuzz),
         ("Peers: 8-bit weights, and pruning in memory", "peers_quant", peers_quant),
+        ("Text that a model writes itself", "sampling", sampling),
         ("Starting", "startup", startup),
     )
     parts = [INTRO]

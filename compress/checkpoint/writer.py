@@ -258,12 +258,12 @@ class _Behind:
         """Drop what waits, and end the thread: afterwards nothing is written any more."""
         with self._room:
             self._waiting.clear()
-            threads = [self._thread, self._flushing]
-            self._thread = None
+            writing, self._thread = self._thread, None
             self._room.notify_all()
-        for thread in threads:
-            if thread is not None:
-                thread.join()
+        if writing is not None:
+            writing.join()  # only then no other flush can begin
+        if self._flushing is not None:
+            self._flushing.join()
 
     def _raise(self) -> None:
         if self._error is not None:

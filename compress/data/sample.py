@@ -1,15 +1,23 @@
 """`self`: text that a model samples from itself, as token ids.
 
-Stock transformers holds the model whole and generates in batches with its KV cache. Each window begins with one random
-word; temperature 1 and top-p 0.95 go on from it. The same seed and threads give the same ids on the same machine.
+Stock transformers holds the model whole and generates in batches with a static KV cache. Each window begins with one
+random word; temperature 1 and top-p 0.95 go on from it. The same seed and threads give the same ids on the same
+machine, and they are drawn once: what a model wrote is kept in the cache folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.demo import cache_folder
+from compress.checkpoint.digests import digest
 from compress.checkpoint.headers import Header, read_header, read_json
 from compress.checkpoint.stock import load_stock
 from compress.data.quiet import quiet
@@ -19,9 +27,11 @@ from compress.machine import Progress, cpu_precision, return_freed_memory
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
 TEMPERATURE, TOP_P = 1.0, 0.95
-BATCH = 32  # windows that grow together; fixed, because what is drawn depends on it
+BATCH = 64  # windows that grow together; fixed, because what is drawn depends on it
+SAMPLER = 2  # counts the ways in which ids were drawn: it is part of the cache's key
 
 
 def sampling_dtype(header: Header) -> str:
@@ -30,7 +40,7 @@ def sampling_dtype(header: Header) -> str:
 
 
 def sampling_memory(header: Header, layers: int, kv_width: int, vocab: int, samples: int, length: int) -> int:
-    """Estimated peak bytes of sampling: all weights, one batch's keys and values, and its logits while they are sorted.
+    """Estimated peak bytes of sampling: all weights, one batch's keys and values, and its logits while one is drawn.
 
     `kv_width`: KV heads times their dimension.
     """
@@ -40,7 +50,7 @@ def sampling_memory(header: Header, layers: int, kv_width: int, vocab: int, samp
     cast = 0 if dtype == header.dtype else header.nbytes  # the file's own pages, while they are converted
     rows = min(samples, BATCH)
     cache = each * 2 * layers * kv_width * rows * length
-    logits = rows * vocab * (5 * 4 + 8)  # float32 logits, sorted, softmax, cumulated, scattered back; int64 order
+    logits = rows * vocab * 7 * 4  # float32: as they come, masked, softmax, its sum, what is left, compared, scattered
     return weights + cast + cache + logits + 128 * 2**20  # stock classes and tokenizer, loaded on first use
 
 
@@ -51,8 +61,53 @@ def sample(
 
     What a default call of the tokenizer puts before a text stands before every window and is no part of it. An
     end-of-sequence token does not end a window: as in windows of text, another document follows. Ids that no text has
-    (of images, or above the tokenizer's) are never drawn. Raises UserError for weights that do not load or give NaN.
+    (of images, or above the tokenizer's) are never drawn. What was drawn once from the same files is read again from
+    the cache. Raises UserError for weights that do not load or give NaN.
     """
+    kept = cache_folder() / "sampled" / f"{_key(folder, samples, length, seed)}.npy"
+    found = _kept(kept, (samples, length))
+    if found is None:
+        found = _drawn(folder, tokenizer, samples, length, seed, progress)
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
+            _keep(kept, found)
+    return found
+
+
+def _key(folder: Path, samples: int, length: int, seed: int) -> str:
+    """Of all that the ids depend on: model and tokenizer by their bytes, what is asked for, and what computes it."""
+    import torch
+    import transformers
+
+    patterns = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model", "added_tokens.json")
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    asked = [samples, length, seed, SAMPLER, TEMPERATURE, TOP_P, BATCH]
+    computed = [torch.get_num_threads(), torch.__version__, transformers.__version__, cpu_precision().reason]
+    said = json.dumps([[(file.name, digest(file)) for file in files], asked, computed])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _kept(file: Path, shape: tuple[int, int]) -> npt.NDArray[np.int64] | None:
+    import numpy as np
+
+    try:
+        found: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == shape and found.dtype == np.int64 else None
+
+
+def _keep(file: Path, ids: npt.NDArray[np.int64]) -> None:
+    import numpy as np
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
+        np.save(partial, ids, allow_pickle=False)
+    os.replace(partial.name, file)
+
+
+def _drawn(
+    folder: Path, tokenizer: Any, samples: int, length: int, seed: int, progress: Progress
+) -> npt.NDArray[np.int64]:
     import numpy as np
     import torch
     import transformers.utils.logging
@@ -64,14 +119,16 @@ def sample(
     prompts = np.concatenate([np.tile(before, (samples, 1)), first[:, None]], axis=1)
     found = []
     with quiet(transformers.utils.logging), torch.random.fork_rng(devices=[]):
-        model = _load(folder, tokenizer, length)
-        with progress.task(
-            "sampling text from the model, tokens a window", -(-samples // BATCH) * (length - 1)
-        ) as task:
+        model = _load(folder, length)
+        never = _never(folder, tokenizer)
+        label = "sampling text from the model, tokens a window"
+        with progress.task(label, -(-samples // BATCH) * (length - 1)) as task:
             for start in range(0, samples, BATCH):
                 torch.manual_seed(int(draw.integers(2**63)))
+                nucleus = _Nucleus(never, folder, task.advance)
                 ids = torch.from_numpy(prompts[start : start + BATCH])
-                found.append(_generate(model, ids, folder, task.advance))
+                made = model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[nucleus])
+                found.append(made.numpy())
         del model
     return_freed_memory()
     return np.concatenate(found)[:, len(before) :]
@@ -88,48 +145,61 @@ def _words(tokenizer: Any) -> npt.NDArray[np.int64]:
     return np.asarray(words or ordinary, dtype=np.int64)
 
 
-def _load(folder: Path, tokenizer: Any, length: int) -> Any:
-    """The stock model that config.json names, whole, with what it is to draw as its own generation config."""
+def _load(folder: Path, length: int) -> Any:
+    """The stock model that config.json names, whole, with what it is to do as its own generation config."""
     import torch
     import transformers
 
-    config = read_json(folder / "config.json")
     dtype = torch.bfloat16 if sampling_dtype(read_header(folder)) == "BF16" else torch.float32
     model = load_stock(folder, dtype)
-    never = sorted({*_not_text(config), *range(len(tokenizer), _vocabulary(config))})
-    # not the folder's generation_config.json (top-k, penalties, where to stop): what is drawn is the model's own
+    # not the folder's generation_config.json (top-k, penalties, where to stop): what is drawn is the model's own; and
+    # greedy, because `_Nucleus` leaves nothing but the token that it has drawn
     model.generation_config = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=TEMPERATURE,
-        top_p=TOP_P,
-        top_k=0,
-        max_new_tokens=length - 1,
-        suppress_tokens=never or None,
-        use_cache=True,
+        do_sample=False, max_new_tokens=length - 1, use_cache=True, cache_implementation="static", disable_compile=True
     )
     return model
 
 
-def _generate(model: Any, ids: Any, folder: Path, advance: Any) -> npt.NDArray[np.int64]:
-    """Prompts [B, P] continued by the model: [B, P + length - 1]. `advance` is called once a token."""
-    import torch
-    from transformers import StoppingCriteria
+class _Nucleus:
+    """A logits processor that draws a token from the nucleus (Holtzman et al. 2020, arXiv:1904.09751) without sorting.
 
-    class Told(StoppingCriteria):
-        """Stops nothing; called after every token."""
+    A token is drawn from the whole distribution, and again while the tokens likelier than it make TOP_P or more: what
+    stays is distributed as in the nucleus. A pass over the vocabulary tells; sorting it costs more than the model.
+    """
 
-        def __call__(self, input_ids: Any, scores: Any, **rest: Any) -> Any:
-            advance()
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+    def __init__(self, never: Sequence[int], folder: Path, advance: Callable[[], None]) -> None:
+        import torch
 
-    try:
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[Told()])
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise UserError(f"{folder}: no text can be sampled from it, its logits are NaN or infinite") from None
-    result: npt.NDArray[np.int64] = made.numpy()
-    return result
+        self._never, self._folder, self._advance = torch.tensor(never, dtype=torch.int64), folder, advance
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, vocab] that are 0 at one token a row and -inf at all others."""
+        import torch
+
+        del input_ids
+        scores = scores.float().index_fill(1, self._never, -torch.inf) / TEMPERATURE
+        likely = scores.softmax(-1)
+        total = likely.cumsum(-1)
+        if not bool(torch.isfinite(total[:, -1]).all()):
+            raise UserError(f"{self._folder}: no text can be sampled from it, its logits are NaN or infinite")
+        drawn = torch.empty(len(scores), 1, dtype=torch.int64)
+        left = torch.arange(len(scores))
+        while len(left):
+            end = total[left, -1:]
+            # the last step of the sum may be rounded to nothing: stay below it, or what is never drawn would be
+            at = (torch.rand(len(left), 1) * end).minimum(end * (1 - 1e-6))
+            drawn[left] = torch.searchsorted(total[left], at, right=True)
+            own = likely[left].gather(1, drawn[left])
+            above = likely[left].where(likely[left] > own, 0.0).sum(-1)
+            left = left[above >= TOP_P]
+        self._advance()
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+def _never(folder: Path, tokenizer: Any) -> list[int]:
+    """Ids that no text has: of images and videos, and above the tokenizer's."""
+    config = read_json(folder / "config.json")
+    return sorted({*_not_text(config), *range(len(tokenizer), _vocabulary(config))})
 
 
 def _not_text(config: Mapping[str, Any]) -> Iterator[int]:

@@ -31,6 +31,14 @@ EOS = 257
 pytestmark = pytest.mark.usefixtures("one_thread")  # what is sampled depends on the threads
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What another test has drawn is not read here."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("AUTOGLM_COMPRESS_CACHE", str(cache))
+    return cache
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.llama(tmp_path_factory.mktemp("self") / "llama")
@@ -106,6 +114,24 @@ def test_the_tokenizers_beginning_is_seen_and_cut_off(llama: Path, tmp_path: Pat
 def test_another_model_may_write_for_the_tokenizer_of_this_one(llama: Path, tmp_path: Path) -> None:
     other = tiny.llama(tmp_path / "other", seed=1)
     assert sampled(llama, model=other).digest == sampled(other).digest != sampled(llama).digest
+
+
+def test_what_was_drawn_is_read_again(llama: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = sampled(llama).ids
+    (kept,) = (own_cache / "sampled").iterdir()
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("drawn again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("compress.data.sample._drawn", never)
+        np.testing.assert_array_equal(sampled(llama).ids, drawn)
+        with pytest.raises(AssertionError, match="drawn again"):
+            sampled(llama, seed=1)
+    for damaged in (b"", kept.read_bytes()[:200], b"\x80\x04N."):  # the last is a pickle
+        kept.write_bytes(damaged)
+        np.testing.assert_array_equal(sampled(llama).ids, drawn)
+        assert kept.stat().st_size > drawn.nbytes
 
 
 def test_half_of_a_mix_is_sampled(llama: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compress.checkpoint import writer as writing
 from compress.checkpoint.headers import INDEX, SINGLE, TensorSpec, read_header
 from compress.checkpoint.layout import files_bytes
 from compress.checkpoint.reader import Reader, spec_of
@@ -270,3 +273,43 @@ def test_open_files_are_closed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stop"), Writer(tmp_path / "two", specs(some_tensors()), shard_bytes=1):
         raise ValueError("stop")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk slower than the work; tensors larger than the bound are written at once."""
+    monkeypatch.setattr(writing, "BEHIND", 100)
+    real, waiting = os.pwrite, []
+
+    def slow(descriptor: int, data: memoryview, offset: int) -> int:
+        time.sleep(0.002)
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    tensors = {f"t{index}": torch.full((size,), index / 7) for index, size in enumerate([10, 20, 30, 3, 25, 26, 1] * 3)}
+    with Writer(tmp_path / "out", specs(tensors)) as writer:
+        for name, value in tensors.items():
+            writer.put(name, value)
+            waiting.append(writer._behind._bytes)
+        writer.sync()
+        assert writer._behind._bytes == 0
+    assert 0 < max(waiting) <= 100
+    loaded = load_file(tmp_path / "out" / SINGLE)
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+
+
+def test_a_disk_that_is_full_when_bytes_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that flushes is told of it, the next call raises it."""
+    monkeypatch.setattr(writing, "FLUSH", 1)
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if threading.current_thread().name == "flushing":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MachineError, match="the disk is full"), Writer(tmp_path / "out", specs(some_tensors())) as one:
+        for _ in range(1000):  # until the thread has been heard
+            for name, value in some_tensors().items():
+                one.put(name, value)
+    assert list(tmp_path.iterdir()) == []
