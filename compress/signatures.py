@@ -180,7 +180,7 @@ class PruneKeywords(StepKeywords, total=False):
     vLLM alone).
     """
     criterion: str
-    """How units are ranked: wanda, obs, magnitude."""
+    """How units are ranked: wanda, obs, flap, activation, magnitude, random."""
     refit: bool
     """Refit the reading matrix by least squares from the original weights."""
     damping: float

@@ -27,12 +27,12 @@ LOADED = [name for name, family in FAMILIES.items() if family.stock is None]
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Rows with one value of each axis, so that any two values of two axes meet in one: greedily few, evenly mixed."""
-    rows = list(itertools.product(*axes))
-    times = dict.fromkeys((pair for row in rows for pair in _pairs(row)), 0)
+    rows = {row: _pairs(row) for row in itertools.product(*axes)}
+    times = dict.fromkeys((pair for pairs in rows.values() for pair in pairs), 0)
     chosen = []
     while not all(times.values()):
-        best = max(rows, key=lambda row: [sum(not times[p] for p in _pairs(row)), -sum(times[p] for p in _pairs(row))])
-        times.update({pair: times[pair] + 1 for pair in _pairs(best)})
+        best = max(rows, key=lambda row: [sum(not times[p] for p in rows[row]), -sum(times[p] for p in rows[row])])
+        times.update({pair: times[pair] + 1 for pair in rows[best]})
         chosen.append(best)
     return chosen
 

@@ -14,16 +14,28 @@ from typing import Any
 import torch
 from transformers import (
     AutoTokenizer,
+    Glm4Config,
+    Glm4ForCausalLM,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm46VConfig,
     Glm46VForConditionalGeneration,
+    GlmConfig,
+    GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCAB = 384
@@ -41,6 +53,8 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
+# without head_dim: what hidden_size // heads gives
+TEXT = {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"num_hidden_layers": 2}
 
 
 def llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
@@ -55,6 +69,43 @@ def mistral(
     """As the llama, with 6 heads of 8 beside a hidden size of 64: a shape that stock llama refuses."""
     config = MistralConfig(**{**LLAMA, "num_attention_heads": 6, "sliding_window": None, **sizes})
     return _save(MistralForCausalLM(config), folder, seed, dtype, shard)
+
+
+def qwen2(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
+    """As the llama with 2 layers, biases of q, k and v, and no head_dim in its config."""
+    return _save(Qwen2ForCausalLM(Qwen2Config(**{**TEXT, **sizes})), folder, seed, dtype, shard)
+
+
+def qwen3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
+    """As the llama with 2 layers, norms over q and k, and 6 heads of 8 beside a hidden size of 64."""
+    config = Qwen3Config(**{**TEXT, "num_attention_heads": 6, "head_dim": 8, **sizes})
+    return _save(Qwen3ForCausalLM(config), folder, seed, dtype, shard)
+
+
+def smollm3(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """As the llama with 2 layers, of which the second does not rotate."""
+    config = SmolLM3Config(**{**TEXT, "no_rope_layer_interval": 2, "tie_word_embeddings": False, **sizes})
+    return _save(SmolLM3ForCausalLM(config), folder, seed, dtype, shard)
+
+
+def glm(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
+    """Hidden 64, 2 layers, 6 heads of 8 / 2 KV heads, fused FFN 96, biases of q, k and v."""
+    config = GlmConfig(**{**TEXT, "num_attention_heads": 6, "head_dim": 8, **sizes})
+    return _save(GlmForCausalLM(config), folder, seed, dtype, shard)
+
+
+def glm4(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
+    """As the glm, with 8 heads, four norms a layer and no biases."""
+    config = Glm4Config(**{**TEXT, "head_dim": 8, "attention_bias": False, **sizes})
+    return _save(Glm4ForCausalLM(config), folder, seed, dtype, shard)
+
+
+def phi3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
+    """As the llama with 2 layers; q, k and v fused, gate and up fused; 6 of a head's 8 rows rotate."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    return _save(Phi3ForCausalLM(Phi3Config(**{**TEXT, "rope_parameters": rope, **sizes})), folder, seed, dtype, shard)
 
 
 def glm4v(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
@@ -192,4 +243,5 @@ def begins_with_bos(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     kind, target = sys.argv[1:]
-    print({"llama": llama, "mistral": mistral, "glm4v": glm4v, "glm46v": glm46v}[kind](Path(target)))
+    makers = (llama, mistral, qwen2, qwen3, smollm3, glm, glm4, phi3, glm4v, glm46v)
+    print({maker.__name__: maker for maker in makers}[kind](Path(target)))

@@ -10,15 +10,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.arch.family import SAME, Cut, Family, Group, Rewrite, Sizes
+from compress.arch.glm import GLM
+from compress.arch.glm4 import GLM4
 from compress.arch.glm4v import GLM4V, GLM4V_NATIVE, GLM46V, GLM46V_INTERLEAVED, NATIVE, PORTABLE
 from compress.arch.llama import LLAMA
 from compress.arch.mistral import MISTRAL
+from compress.arch.phi3 import PHI3
+from compress.arch.qwen2 import QWEN2
+from compress.arch.qwen3 import QWEN3
+from compress.arch.smollm3 import SMOLLM3
 from compress.checkpoint.headers import Header
 from compress.errors import UserError, did_you_mean
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, GLM4V, GLM4V_NATIVE, GLM46V, GLM46V_INTERLEAVED)
-}
+_TEXT = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GLM, GLM4, PHI3)
+_VISION = (GLM4V, GLM4V_NATIVE, GLM46V, GLM46V_INTERLEAVED)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_TEXT, *_VISION)}
 FLAVOURS = (PORTABLE, NATIVE)
 
 __all__ = ["FAMILIES", "FLAVOURS", "SAME", "Cut", "Family", "Group", "Rewrite", "Sizes", "described", "family_of"]

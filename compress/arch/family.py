@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from compress.checkpoint.headers import Header
@@ -95,8 +95,10 @@ class Family:
     are the same. head: name of the output matrix. rope_axes: leading axes of position ids that rotary_emb takes.
     rope: order of the rotary rows of a head in q_proj and k_proj, `interleaved` or `half-split`.
     layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
-    groups: what can be cut. refuse: a reason why a planned shape cannot be loaded by stock transformers, or None.
-    rewrites: the labels under which it can be loaded then.
+    groups: what can be cut. refuse: a reason why planned sizes, beside the raw config, cannot be loaded by stock
+    transformers, or None. rewrites: the labels under which it can be loaded then.
+    defaults: what its config class fills in for a missing num_key_value_heads (else as many as heads), head_dim (else
+    hidden_size // heads) and tie_word_embeddings (else false).
     stock: for a family that stock transformers does not load, the rewrite under which its classes compute the same.
     vllm: what loads it in vLLM, where that was run and compared (docs/families.md); None where it was not.
     skip: module-name prefixes that quantization leaves alone.
@@ -111,12 +113,13 @@ class Family:
     rope: str
     layer: Callable[[Sizes, Mapping[str, Any]], dict[str, tuple[int, ...]]]
     groups: Callable[[Sizes, Mapping[str, Any]], tuple[Group, ...]]
-    refuse: Callable[[Sizes], str | None]
+    refuse: Callable[[Sizes, Mapping[str, Any]], str | None]
     skip: tuple[str, ...]
     unlike: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     rewrites: tuple[Rewrite, ...] = ()
     stock: Rewrite | None = None
     vllm: str | None = None
+    defaults: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def loaders(self) -> tuple[str, ...]:
@@ -129,15 +132,15 @@ class Family:
 
         flavour: what the prune option says; it counts for families whose rewrites have flavours.
         """
-        reason = self.refuse(sizes)
+        reason = self.refuse(sizes, config)
         if reason is None and self.stock is None:
             return SAME, ""
         found = next((r for r in self.rewrites if r.flavour in (None, flavour)), None)
-        if found is None and reason is None:
-            return SAME, ""  # it has the flavour that was asked for
         if found is None:
+            if reason is None:
+                return SAME, ""  # it has the flavour that was asked for
             allowed = ", ".join(str(r.flavour) for r in self.rewrites)
-            return None, f"a {self.model_type} does not become {flavour}; allowed: {allowed}"
+            return None, f"a {self.model_type} does not become {flavour}; allowed: {allowed}" if allowed else reason
         refusal = found.refuse(config)
         if refusal is not None:
             return None, f"{reason}; {refusal}"
@@ -152,7 +155,7 @@ class Family:
         config = header.text_config
 
         def size(key: str, default: int | None = None) -> int:
-            value = config.get(key)
+            value = config.get(key, self.defaults.get(key))
             value = default if value is None else value
             if type(value) is not int or value <= 0:
                 raise UserError(f"config.json: {key} must be a positive whole number, found {value!r}")
@@ -166,7 +169,8 @@ class Family:
         if tensors and layers > tensors:  # before every layer is listed: a wrong number may be a million
             noun = "tensor" if tensors == 1 else "tensors"
             raise UserError(f"config.json: num_hidden_layers is {layers}, but the checkpoint holds {tensors} {noun}")
-        tied = header.config.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        untold = self.defaults.get("tie_word_embeddings", False)
+        tied = header.config.get("tie_word_embeddings", config.get("tie_word_embeddings", untold))
         return Sizes(
             hidden=hidden,
             layers=layers,
@@ -210,20 +214,53 @@ class Family:
         return new
 
 
-def split_layer(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer of the llama kind: two norms, q, k, v, o, and gate, up and down apart; no biases."""
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKVO = (*QKV, "self_attn.o_proj")
+QKV_FUSED = "self_attn.qkv_proj"
+NORMS = ("input_layernorm", "post_attention_layernorm")
+SANDWICH = (*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm")  # norms around attention and FFN
+
+
+def decoder_layer(
+    sizes: Sizes,
+    *,
+    biases: Iterable[str] = (),
+    norms: Iterable[str] = NORMS,
+    head_norms: Iterable[str] = (),
+    fused_qkv: bool = False,
+    fused_ffn: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's tensors.
+
+    biases: the Linears that have one. norms: those over the hidden size; head_norms: those over one head.
+    fused_qkv: q, k and v are one matrix, in that order; fused_ffn: so are gate and up.
+    """
     h, q, kv, f = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
-    return {
-        "input_layernorm.weight": (h,),
-        "mlp.down_proj.weight": (h, f),
-        "mlp.gate_proj.weight": (f, h),
-        "mlp.up_proj.weight": (f, h),
-        "post_attention_layernorm.weight": (h,),
-        "self_attn.k_proj.weight": (kv, h),
-        "self_attn.o_proj.weight": (h, q),
-        "self_attn.q_proj.weight": (q, h),
-        "self_attn.v_proj.weight": (kv, h),
-    }
+    linears = {"mlp.down_proj": (h, f), "self_attn.o_proj": (h, q)}
+    linears |= {QKV_FUSED: (q + 2 * kv, h)} if fused_qkv else dict(zip(QKV, ((q, h), (kv, h), (kv, h)), strict=True))
+    linears |= {"mlp.gate_up_proj": (2 * f, h)} if fused_ffn else {"mlp.gate_proj": (f, h), "mlp.up_proj": (f, h)}
+    weights: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linears.items()}
+    weights |= {f"{name}.weight": (h,) for name in norms}
+    weights |= {f"{name}.weight": (sizes.head_dim,) for name in head_norms}
+    return dict(sorted(weights.items())) | {f"{name}.bias": linears[name][:1] for name in biases}
+
+
+def full_attention(config: Mapping[str, Any]) -> str | None:
+    """Why not every layer sees all tokens before it, from the config's `layer_types`; None where it names none."""
+    named = config.get("layer_types")
+    others = [kind for kind in named if kind != "full_attention"] if isinstance(named, list) else []
+    if not others:
+        return None
+    family = config.get("model_type")
+    return f"{family} is supported with full attention only: layer_types may not hold {others[0]!r}"
+
+
+def no_null(config: Mapping[str, Any], *keys: str) -> str | None:
+    """Why a stock class that reads `keys` as they stand cannot take a config: one of them is null."""
+    for key in keys:
+        if key in config and config[key] is None:
+            return f"a {config.get('model_type')} cannot have a {key} of null: leave the key out, or give a number"
+    return None
 
 
 def ffn_fused(sizes: Sizes) -> Group:
@@ -244,10 +281,13 @@ def ffn_split(sizes: Sizes, bias: bool) -> Group:
     return Group("ffn", sizes.ffn, "mlp.down_proj", 1, tuple(cuts), "intermediate_size", sizes.ffn)
 
 
-def query_heads(sizes: Sizes, bias: bool) -> Group:
-    """Query heads: rows of q_proj (and its bias), columns of o_proj; equally many from every KV head's group."""
+def query_heads(sizes: Sizes, bias: bool, rows: str = QKV[0]) -> Group:
+    """Query heads: rows of q_proj (and its bias), columns of o_proj; equally many from every KV head's group.
+
+    `rows`: the Linear whose first rows make the queries.
+    """
     d = sizes.head_dim
-    cuts = [Cut("self_attn.q_proj.weight", 0, width=d), Cut("self_attn.o_proj.weight", 1, width=d)]
+    cuts = [Cut(f"{rows}.weight", 0, width=d), Cut("self_attn.o_proj.weight", 1, width=d)]
     if bias:
-        cuts.append(Cut("self_attn.q_proj.bias", 0, width=d))
+        cuts.append(Cut(f"{rows}.bias", 0, width=d))
     return Group("heads", sizes.heads, "self_attn.o_proj", d, tuple(cuts), "num_attention_heads", sizes.group_size)

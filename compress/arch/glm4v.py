@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import Family, Group, Rewrite, Sizes, ffn_fused, query_heads
+from compress.arch.family import QKV, SANDWICH, Family, Group, Rewrite, Sizes, decoder_layer, ffn_fused, query_heads
 from compress.arch.rope import HALF_SPLIT, INTERLEAVED
 
 PORTABLE, NATIVE = "portable", "native"
@@ -24,22 +24,7 @@ TEXT_DEFAULTS = {"max_position_embeddings": 32768, "eos_token_id": None}
 
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     del config  # stock Glm4vTextAttention has q, k, v biases and no o bias, whatever the config says
-    h, q, kv, f = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
-    return {
-        "input_layernorm.weight": (h,),
-        "mlp.down_proj.weight": (h, f),
-        "mlp.gate_up_proj.weight": (2 * f, h),
-        "post_attention_layernorm.weight": (h,),
-        "post_mlp_layernorm.weight": (h,),
-        "post_self_attn_layernorm.weight": (h,),
-        "self_attn.k_proj.bias": (kv,),
-        "self_attn.k_proj.weight": (kv, h),
-        "self_attn.o_proj.weight": (h, q),
-        "self_attn.q_proj.bias": (q,),
-        "self_attn.q_proj.weight": (q, h),
-        "self_attn.v_proj.bias": (kv,),
-        "self_attn.v_proj.weight": (kv, h),
-    }
+    return decoder_layer(sizes, biases=QKV, norms=SANDWICH, fused_ffn=True)
 
 
 def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -47,7 +32,8 @@ def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
     return (query_heads(sizes, bias=True), ffn_fused(sizes))
 
 
-def _derived_head_dim(sizes: Sizes) -> str | None:
+def _derived_head_dim(sizes: Sizes, config: Mapping[str, Any]) -> str | None:
+    del config
     # Glm4vTextAttention ignores the head_dim key and takes hidden_size // num_attention_heads
     if sizes.hidden // sizes.heads == sizes.head_dim:
         return None
@@ -128,12 +114,13 @@ GLM4V = Family(
     unlike=lambda config: "head_dim" if _reads_head_dim(config) else None,
     rewrites=(PORTABLE_LABEL, NATIVE_LABEL),
     vllm="its own class",
+    defaults={"num_key_value_heads": 2},
 )
 
 GLM4V_NATIVE = replace(
     GLM4V,
     name="glm4v_native",
-    refuse=lambda sizes: None,
+    refuse=lambda sizes, config: None,
     unlike=lambda config: None if _reads_head_dim(config) else "head_dim",
     rewrites=(PORTABLE_LABEL,),
     stock=PORTABLE_LABEL,
@@ -156,7 +143,7 @@ GLM46V = replace(
     model_type="glm46v",
     architecture="Glm46VForConditionalGeneration",
     rope=HALF_SPLIT,
-    refuse=lambda sizes: None,
+    refuse=lambda sizes, config: None,
     unlike=_text_class("glm_image_text"),
     rewrites=(),
     vllm="the Transformers backend",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compress.arch.family import Family, Group, Rewrite, Sizes, ffn_split, query_heads, split_layer
+from compress.arch.family import QKVO, Family, Group, Rewrite, Sizes, decoder_layer, ffn_split, query_heads
 from compress.arch.rope import HALF_SPLIT
 
 # Keys that a llama may leave out and for which MistralConfig fills in another value: llama's are written out.
@@ -13,15 +13,14 @@ DEFAULTS = {"max_position_embeddings": 2048}
 BIASES = ("attention_bias", "mlp_bias")
 
 
+def _biases(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The Linears of a layer that have a bias by the keys of a llama."""
+    ffn = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    return (*(QKVO if config.get("attention_bias") else ()), *(ffn if config.get("mlp_bias") else ()))
+
+
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    h, q, kv, f = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
-    shapes = split_layer(sizes)
-    if config.get("attention_bias"):
-        shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-        shapes["self_attn.o_proj.bias"] = (h,)
-    if config.get("mlp_bias"):
-        shapes |= {"mlp.gate_proj.bias": (f,), "mlp.up_proj.bias": (f,), "mlp.down_proj.bias": (h,)}
-    return shapes
+    return decoder_layer(sizes, biases=_biases(config))
 
 
 def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -31,7 +30,8 @@ def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
     )
 
 
-def _refuse(sizes: Sizes) -> str | None:
+def _refuse(sizes: Sizes, config: Mapping[str, Any]) -> str | None:
+    del config
     # LlamaConfig.validate_architecture: hidden_size % num_attention_heads must be 0, whatever head_dim says
     if sizes.hidden % sizes.heads:
         fits = [n for n in range(sizes.kv_heads, sizes.hidden + 1, sizes.kv_heads) if sizes.hidden % n == 0]

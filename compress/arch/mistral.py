@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import Group, Sizes, ffn_split, query_heads, split_layer
+from compress.arch.family import Group, Sizes, decoder_layer, ffn_split, query_heads
 from compress.arch.llama import LLAMA
 
 
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     del config  # stock MistralAttention and MistralMLP have no biases, whatever the config says
-    return split_layer(sizes)
+    return decoder_layer(sizes)
 
 
 def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -37,7 +37,8 @@ MISTRAL = replace(
     architecture="MistralForCausalLM",
     layer=_layer,
     groups=_groups,
-    refuse=lambda sizes: None,
+    refuse=lambda sizes, config: None,
     rewrites=(),
     unlike=_unlike,
+    defaults={"num_key_value_heads": 8},
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from compress.arch.family import Sizes
+from compress.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +22,17 @@ Orders = Mapping[str, list[int]]  # module of a layer -> its new row i is its ol
 
 
 def rotary_rows(sizes: Sizes, config: Mapping[str, Any]) -> int:
-    """How many rows of a head rotate, as stock transformers reads the text config (old spellings included)."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    """How many rows of a head rotate, as stock transformers reads the text config (old spellings included).
+
+    UserError for a share that is no number from 0 to 1.
+    """
+    told = config.get("rope_scaling") or config.get("rope_parameters")
+    rope = told if isinstance(told, Mapping) else {}
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    return int(sizes.head_dim * (1.0 if share is None else share))
+    share = 1.0 if share is None else share
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise UserError(f"config.json: partial_rotary_factor must be a number from 0 to 1, found {share!r}")
+    return int(sizes.head_dim * share)
 
 
 def head_order(head_dim: int, rotary: int, before: str, after: str) -> list[int]:

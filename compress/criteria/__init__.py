@@ -5,10 +5,12 @@ The table is torch-free: names, needs and papers are known and checked before an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
+
+from compress.stream import Statistic
 
 if TYPE_CHECKING:
     import torch
@@ -27,23 +29,26 @@ class Ranking:
 class GroupView:
     """What a criterion may look at for one group of one layer.
 
-    reader [d, units*width]: the matrix whose input columns the units own. hessian [n, n]: Gram matrix of its inputs,
-    None when no criterion or refit asked for it. owned: every weight slice a unit owns, each [units, ...] flattened.
+    reader [d, units*width]: the matrix whose input columns the units own. owned: every weight slice a unit owns, each
+    [units, ...] flattened. statistics: of the reader's inputs, all that the criterion needs (stream/statistics.py).
+    seed: what a criterion that draws begins with: the recipe's seed, the layer and the group, and nothing that a
+    resumed run or another number of threads would change.
     """
 
     name: str
     width: int
     reader: torch.Tensor
-    hessian: torch.Tensor | None
     owned: tuple[torch.Tensor, ...]
+    statistics: Mapping[Statistic, torch.Tensor]
+    seed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One entry of the table; `needs_gram`: it looks at activations."""
+    """One entry of the table; `needs`: the statistics that it looks at, which are gathered for it."""
 
     name: str
-    needs_gram: bool
+    needs: frozenset[Statistic]
     paper: str
 
     def load(self) -> Callable[[GroupView, float], Ranking]:
@@ -55,10 +60,28 @@ CRITERIA: dict[str, Criterion] = {
     entry.name: entry
     for entry in (
         Criterion(
-            "wanda", True, "Sun et al. 2024, A Simple and Effective Pruning Approach for LLMs; An et al. 2024 (sp)"
+            "wanda",
+            frozenset({"square"}),
+            "Sun et al. 2024, A Simple and Effective Pruning Approach for LLMs; An et al. 2024 (sp)",
         ),
-        Criterion("obs", True, "Hassibi & Stork 1993; Kurtic et al. 2023, ZipLM"),
-        Criterion("magnitude", False, "Han et al. 2015; group L2 norm as in Fang et al. 2023, DepGraph"),
+        Criterion("obs", frozenset({"gram"}), "Hassibi & Stork 1993; Kurtic et al. 2023, ZipLM"),
+        Criterion(
+            "flap",
+            frozenset({"variance"}),
+            "An et al. 2024, Fluctuation-based Adaptive Structured Pruning for LLMs, arXiv:2312.11983",
+        ),
+        Criterion(
+            "activation",
+            frozenset({"activity"}),
+            "Muralidharan et al. 2024, Compact Language Models via Pruning and Knowledge Distillation (Minitron), "
+            "arXiv:2407.14679",
+        ),
+        Criterion("magnitude", frozenset(), "Han et al. 2015; group L2 norm as in Fang et al. 2023, DepGraph"),
+        Criterion(
+            "random",
+            frozenset(),
+            "a control, as Blalock et al. 2020, What is the State of Neural Network Pruning?, ask for",
+        ),
     )
 }
 

@@ -10,11 +10,11 @@ from compress.solve import damping_vector, greedy_removal
 
 def rank(view: GroupView, damping: float) -> Ranking:
     """Order of elimination; cost_u = the error unit u added when it went, after the others' best update."""
-    assert view.hessian is not None
-    ridge = damping_vector(view.hessian, damping)
+    hessian = view.statistics["gram"]
+    ridge = damping_vector(hessian, damping)
     # 16 columns a round; at 9 B, 32: the traffic of a round is the whole inverse
     block = 16 if view.reader.shape[1] <= 4096 else 32
-    removal = greedy_removal(view.reader, view.hessian, ridge, width=view.width, block=block, what=view.name)
+    removal = greedy_removal(view.reader, hessian, ridge, width=view.width, block=block, what=view.name)
     cost = torch.empty_like(removal.cost)
     cost[removal.order] = removal.cost
     return Ranking(removal.order, cost)

@@ -6,8 +6,7 @@ from compress.criteria import GroupView, Ranking, ranking_by_score
 
 
 def rank(view: GroupView, damping: float) -> Ranking:
-    """s_u = sum over the unit's columns j of ||W[:,j]||^2 H_jj: the energy the unit alone puts into the output."""
+    """s_u = sum over the unit's columns j of ||W[:,j]||^2 E[x_j^2]: the energy the unit alone puts into the output."""
     del damping
-    assert view.hessian is not None
-    score = view.reader.square().sum(0) * view.hessian.diagonal()
+    score = view.reader.square().sum(0) * view.statistics["square"]
     return ranking_by_score(score.view(-1, view.width).sum(1))

@@ -65,7 +65,7 @@ class Sensitivity:
 
     @property
     def criterion(self) -> str:
-        """The criterion that ranked the units: wanda, obs, magnitude."""
+        """The criterion that ranked the units, as recipes name it."""
         return str(self.about["criterion"])
 
     @property
@@ -99,7 +99,7 @@ class Sensitivity:
 
         `removed`: share of the units that went; `removed_cost`: their share of the layer's summed cost. Errors are
         relative output errors ||Y' - Y||^2 / ||Y||^2 of the matrix that reads the units, on the calibration inputs:
-        as written, and before the refit; NaN where no statistics were taken.
+        as written, and before the refit; NaN where neither criterion nor refit took a Gram matrix.
         """
         rows = []
         for layer, entry in enumerate(self.about["layers"]):

@@ -137,7 +137,7 @@ def _share_panel(axes: Axes, part: Any, group: str) -> None:
 
 def _error_panel(axes: Axes, part: Any, refit: bool) -> None:
     if part.error.isna().all():
-        text = "not measured:\nneither criterion nor refit looked at activations"
+        text = "not measured:\nneither criterion nor refit took a Gram matrix"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
         axes.set_yticks([])
         return

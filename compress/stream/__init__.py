@@ -1,1 +1,7 @@
 """The streaming executor: stock decoder layers, one at a time in memory, fed with all windows."""
+
+from typing import Literal
+
+# What can be gathered of the inputs X [windows, L, n] that one Linear reads; statistics.py says what each is. Named
+# here, where no torch is imported: the table of criteria says which of them each needs.
+Statistic = Literal["gram", "square", "variance", "activity"]

@@ -1,46 +1,150 @@
-"""Statistics of a layer's inner activations, gathered by hooks while windows pass through it."""
+"""Statistics of a layer's inner activations, gathered by hooks while windows pass through it.
+
+Of each Linear only what was asked for is gathered, where its inputs are, in float32: in bfloat16 a sum of products
+would come out rounded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import nn
 
+from compress.stream import Statistic
+
+
+class _Sum(Protocol):
+    """One statistic of inputs [windows, L, n] that arrive batch by batch."""
+
+    def add(self, inputs: torch.Tensor) -> None: ...
+    def result(self) -> torch.Tensor: ...
+
 
 class Gram:
-    """H = X^T X / T of the inputs X [T, n] of one Linear, float32 [n, n] on `device`, summed batch by batch."""
+    """H = X^T X / T [n, n] over the T tokens."""
 
-    def __init__(self, width: int, device: str = "cpu") -> None:
-        self._sum = torch.zeros(width, width, dtype=torch.float32, device=device)
-        self.tokens = 0
+    def __init__(self, units: int, width: int, device: str) -> None:
+        columns = units * width
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._tokens = 0
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Add inputs [..., n]. The product is taken in float32: in bfloat16 it would come out rounded."""
-        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        flat = inputs.flatten(0, -2)
         self._sum.addmm_(flat.T, flat)
-        self.tokens += len(flat)
+        self._tokens += len(flat)
 
-    def mean(self) -> torch.Tensor:
-        """H [n, n]; the sum is scaled in place, so call it once, when all is added."""
-        scaled = self._sum.div_(max(self.tokens, 1))
-        self.tokens = 1
-        return scaled
+    def result(self) -> torch.Tensor:
+        """The sum is scaled in place, because it is the largest thing alive: call it once, when all is added."""
+        return self._sum.div_(max(self._tokens, 1))
+
+
+class Square:
+    """The mean square of every column [n]: the diagonal of H."""
+
+    def __init__(self, units: int, width: int, device: str) -> None:
+        self._sum = torch.zeros(units * width, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        flat = inputs.flatten(0, -2)
+        self._sum += flat.square().sum(0)
+        self._tokens += len(flat)
+
+    def result(self) -> torch.Tensor:
+        return (self._sum / max(self._tokens, 1)).float()
+
+
+class Variance:
+    """The variance of every column over the tokens [n].
+
+    Not H_jj - mean_j^2, which loses the variance of a column that is far from zero to rounding: each batch is centred,
+    and the batches are merged (Chan, Golub & LeVeque 1983, eq. 2.1).
+    """
+
+    def __init__(self, units: int, width: int, device: str) -> None:
+        self._mean, self._squares = torch.zeros(2, units * width, dtype=torch.float64, device=device).unbind()
+        self._tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        flat = inputs.flatten(0, -2)
+        before, total = self._tokens, self._tokens + len(flat)
+        mean = flat.mean(0)
+        apart = mean.double() - self._mean
+        self._squares += (flat - mean).square_().sum(0) + apart.square() * (before * len(flat) / total)
+        self._mean += apart * (len(flat) / total)
+        self._tokens = total
+
+    def result(self) -> torch.Tensor:
+        return (self._squares / max(self._tokens, 1)).float()
+
+
+class Activity:
+    """How strongly every unit speaks [units]: the L2 norm of its columns at each token, its mean over a window's
+    tokens, and the root mean square of that over the windows."""
+
+    def __init__(self, units: int, width: int, device: str) -> None:
+        self._units, self._width = units, width
+        self._sum = torch.zeros(units, dtype=torch.float64, device=device)
+        self._windows = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        if self._width == 1:
+            norms = inputs.abs()
+        else:
+            norms = torch.linalg.vector_norm(inputs.unflatten(-1, (self._units, self._width)), dim=-1)
+        self._sum += norms.mean(1).square().sum(0)
+        self._windows += len(inputs)
+
+    def result(self) -> torch.Tensor:
+        return (self._sum / max(self._windows, 1)).sqrt().float()
+
+
+KINDS: dict[Statistic, Callable[[int, int, str], _Sum]] = {
+    "gram": Gram,
+    "square": Square,
+    "variance": Variance,
+    "activity": Activity,
+}
+
+
+class Gathered:
+    """The `wanted` statistics of what one Linear reads: inputs [windows, L, units*width], `width` columns a unit."""
+
+    def __init__(self, wanted: Collection[Statistic], units: int, width: int, device: str = "cpu") -> None:
+        self._wanted = wanted
+        # the squares stand on the diagonal of a Gram matrix
+        kinds = [kind for kind in KINDS if kind in wanted and not (kind == "square" and "gram" in wanted)]
+        self._sums = {kind: KINDS[kind](units, width, device) for kind in kinds}
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs [windows, L, n] of any float dtype; whole windows."""
+        wide = inputs.detach().float()
+        for each in self._sums.values():
+            each.add(wide)
+
+    def results(self) -> dict[Statistic, torch.Tensor]:
+        """What was wanted, float32 on the device; call it once, when all is added."""
+        found = {kind: each.result() for kind, each in self._sums.items()}
+        if "square" in self._wanted and "gram" in found:
+            found["square"] = found["gram"].diagonal()
+        return found
 
 
 @contextmanager
-def gathering(layer: nn.Module, grams: Mapping[str, Gram]) -> Iterator[None]:
-    """While open, the inputs of the named Linears of `layer` are added to their Grams."""
+def gathering(layer: nn.Module, readers: Mapping[str, Gathered]) -> Iterator[None]:
+    """While open, the inputs of the named Linears of `layer` are gathered."""
 
-    def hook(gram: Gram):  # type: ignore[no-untyped-def]
+    def hook(gathered: Gathered):  # type: ignore[no-untyped-def]
         def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             del module
-            gram.add(args[0])
+            gathered.add(args[0])
 
         return add
 
-    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(gram)) for name, gram in grams.items()]
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(found)) for name, found in readers.items()]
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,16 @@ def test_a_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
     assert [name for name in first if first[name] != second[name] and name not in MOMENT] == []
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", ["llama", "glm4v"])
+# every format with two families, and every other text family with one format
+OTHERS = ["qwen2", "qwen3", "smollm3", "glm", "glm4", "phi3"]
+PAIRS = [*itertools.product(("llama", "glm4v"), FORMATS), *zip(OTHERS, itertools.cycle(FORMATS), strict=False)]
+
+
+@pytest.mark.parametrize(("family", "format"), PAIRS)
 def test_planned_is_written(family: str, format: str, tmp_path: Path) -> None:
     source = getattr(tiny, family)(tmp_path / "source")
-    recipe = load(write(tmp_path, source, format), ["steps.1.max_steps=1"])
+    heads = ", heads: 0.5" if family in OTHERS else ""
+    recipe = load(write(tmp_path, source, format, heads), ["steps.1.max_steps=1"])
     plan = make_plan(recipe, Machine(1))
     out = run(recipe, tmp_path / "out", Machine(1)).out
     assert sum(p.stat().st_size for p in out.glob("*.safetensors")) == plan.steps[-1].nbytes

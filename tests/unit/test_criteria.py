@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,26 +12,36 @@ from compress.arch import FAMILIES, Group, family_of
 from compress.checkpoint.headers import read_header
 from compress.criteria import CRITERIA, GroupView, Ranking, ranking_by_score
 from compress.steps.prune.surgery import view
+from compress.stream import Statistic
+from compress.stream.statistics import KINDS
 from tests import tiny
+from tests.brute import statistics
 
 DAMPING = 0.01
 SHAPES = {"neurons": (40, 1), "heads": (6, 4)}  # units, columns of one
+LOOKING = [name for name in CRITERIA if name != "random"]  # what looks at the units at all
 
 
-def problem(units: int, width: int, *, rows: int = 10, seed: int = 0) -> GroupView:
-    """A random group: reader [rows, units*width], the Gram of correlated inputs, two owned slices a unit."""
+def inputs(units: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Random inputs [5 windows, 60 tokens, units*width]: correlated, far from zero in some columns, and of another
+    strength in every window."""
     generator = torch.Generator().manual_seed(seed)
     columns = units * width
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    inputs = (
-        random(300, columns) @ (torch.eye(columns) + 0.3 * random(columns, columns)) * (0.5 * random(columns)).exp()
-    )
-    reader = random(rows, columns)
-    owned = (random(units, width * 7), reader.T.reshape(units, -1))
-    return GroupView("layer 0 group", width, reader, inputs.T @ inputs / len(inputs), owned)
+    mixed = random(5, 60, columns) @ (torch.eye(columns) + 0.3 * random(columns, columns))
+    return (mixed + 2 * random(columns)) * (0.5 * random(columns)).exp() * random(5, 1, columns).exp()
+
+
+def problem(units: int, width: int, *, rows: int = 10, seed: int = 0) -> GroupView:
+    """A random group: reader [rows, units*width], all statistics of `inputs`, two owned slices a unit."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    found = statistics(inputs(units, width, seed), width)
+    reader = torch.randn(rows, units * width, generator=generator)
+    owned = (torch.randn(units, width * 7, generator=generator), reader.T.reshape(units, -1))
+    return GroupView("layer 0 group", width, reader, owned, found, (seed, 0, 7))
 
 
 def rank(name: str, seen: GroupView) -> Ranking:
@@ -38,14 +51,15 @@ def rank(name: str, seen: GroupView) -> Ranking:
 def shuffled(seen: GroupView, order: torch.Tensor) -> GroupView:
     """The same group with its units in another order: unit u of the result is unit order[u] of `seen`."""
     columns = (order[:, None] * seen.width + torch.arange(seen.width)).flatten()
-    assert seen.hessian is not None
-    return GroupView(
-        seen.name,
-        seen.width,
-        seen.reader[:, columns].contiguous(),
-        seen.hessian[columns][:, columns].contiguous(),
-        tuple(part[order].contiguous() for part in seen.owned),
-    )
+    found = seen.statistics
+    moved: dict[Statistic, torch.Tensor] = {
+        "gram": found["gram"][columns][:, columns],
+        "square": found["square"][columns],
+        "variance": found["variance"][columns],
+        "activity": found["activity"][order],
+    }
+    owned = tuple(part[order].contiguous() for part in seen.owned)
+    return replace(seen, reader=seen.reader[:, columns].contiguous(), owned=owned, statistics=moved)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,7 +74,7 @@ def test_a_ranking_is_a_permutation_with_finite_costs(name: str, shape: str) -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", LOOKING)
 def test_permuting_the_units_permutes_the_ranking(name: str, shape: str) -> None:
     units, width = SHAPES[shape]
     seen = problem(units, width)
@@ -70,12 +84,12 @@ def test_permuting_the_units_permutes_the_ranking(name: str, shape: str) -> None
     torch.testing.assert_close(second.cost, first.cost[order], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", LOOKING)
 def test_a_unit_that_does_nothing_goes_first(name: str) -> None:
     seen = problem(40, 1)
-    assert seen.hessian is not None
     seen.reader[:, 17] = 0
-    seen.hessian[17], seen.hessian[:, 17] = 0, 0  # its input is dead as well: nobody has use of it
+    for found in seen.statistics.values():  # its input is dead as well: nobody has use of it
+        found[17], found[..., 17] = 0, 0
     for part in seen.owned:
         part[17] = 0
     ranking = rank(name, seen)
@@ -83,36 +97,64 @@ def test_a_unit_that_does_nothing_goes_first(name: str) -> None:
     assert float(ranking.cost[17]) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in CRITERIA.items() if not entry.needs_gram])
-def test_what_needs_no_gram_takes_none(name: str) -> None:
-    seen = problem(12, 2)
-    without = GroupView(seen.name, seen.width, seen.reader, None, seen.owned)
-    assert torch.equal(rank(name, without).cost, rank(name, seen).cost)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_what_a_criterion_needs_is_all_that_it_takes(name: str) -> None:
+    needs, seen = CRITERIA[name].needs, problem(12, 2)
+    alone = replace(seen, statistics={kind: value for kind, value in seen.statistics.items() if kind in needs})
+    assert torch.equal(rank(name, alone).cost, rank(name, seen).cost)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in CRITERIA.items() if entry.needs_gram])
-def test_what_needs_the_gram_uses_it(name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CRITERIA for kind in sorted(CRITERIA[name].needs)])
+def test_what_a_criterion_needs_it_uses(name: str, kind: Statistic) -> None:
+    assert kind in KINDS
     seen = problem(12, 2)
-    assert seen.hessian is not None
-    plain = GroupView(seen.name, seen.width, seen.reader, torch.eye(24), seen.owned)
-    assert rank(name, plain).order.tolist() != rank(name, seen).order.tolist()
+    plain = torch.eye(24) if kind == "gram" else torch.ones_like(seen.statistics[kind])
+    other = replace(seen, statistics={**seen.statistics, kind: plain})
+    assert rank(name, other).order.tolist() != rank(name, seen).order.tolist()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_wanda_is_its_formula(shape: str) -> None:
+@pytest.mark.parametrize(("name", "center"), [("wanda", False), ("flap", True)])
+def test_the_energy_of_a_unit_by_its_formula(name: str, center: bool, shape: str) -> None:
+    """wanda: E ||W_u x_u||^2 of columns that do not work together; flap: the same of x less its mean."""
     units, width = SHAPES[shape]
     seen = problem(units, width, seed=2)
-    assert seen.hessian is not None
+    reader, x = seen.reader.double().numpy(), inputs(units, width, 2).double().numpy().reshape(-1, units * width)
     expected = []
     for unit in range(units):
         energy = 0.0
         for j in range(unit * width, (unit + 1) * width):
-            for row in seen.reader:
-                energy += float(row[j]) ** 2 * float(seen.hessian[j, j])
+            column = x[:, j] - (sum(x[:, j]) / len(x) if center else 0)
+            energy += sum(np.linalg.norm(reader[:, j] * value) ** 2 for value in column) / len(x)
         expected.append(energy)
-    ranking = rank("wanda", seen)
-    torch.testing.assert_close(ranking.cost, torch.tensor(expected), rtol=1e-4, atol=0)
+    ranking = rank(name, seen)
+    np.testing.assert_allclose(ranking.cost, expected, rtol=1e-4)
     assert ranking.order.tolist() == sorted(range(units), key=lambda unit: expected[unit])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activation_is_its_formula(shape: str) -> None:
+    units, width = SHAPES[shape]
+    x = inputs(units, width, 4).double().numpy()
+    expected = []
+    for unit in range(units):
+        means = []
+        for window in x[..., unit * width : (unit + 1) * width]:
+            means.append(sum(sum(value**2 for value in token) ** 0.5 for token in window) / len(window))
+        expected.append((sum(mean**2 for mean in means) / len(means)) ** 0.5)
+    ranking = rank("activation", problem(units, width, seed=4))
+    np.testing.assert_allclose(ranking.cost, expected, rtol=1e-4)
+    assert ranking.order.tolist() == sorted(range(units), key=lambda unit: expected[unit])
+
+
+def test_random_draws_from_its_seed_alone() -> None:
+    seen = problem(40, 1)
+    drawn = rank("random", seen).order.tolist()
+    assert rank("random", replace(problem(40, 1, seed=5), seed=seen.seed)).order.tolist() == drawn
+    for seed in [(1, *seen.seed[1:]), (*seen.seed[:-1], 8)]:
+        assert rank("random", replace(seen, seed=seed)).order.tolist() != drawn
+    first = [int(rank("random", replace(seen, seed=(seed,))).order[0]) for seed in range(800)]
+    assert set(first) == set(range(40))  # any may be the first to go
 
 
 def test_magnitude_is_the_norm_of_all_that_a_unit_owns() -> None:
@@ -122,7 +164,7 @@ def test_magnitude_is_the_norm_of_all_that_a_unit_owns() -> None:
     for index, part in enumerate(seen.owned):  # and no slice is left out
         louder = [other.clone() for other in seen.owned]
         louder[index][5] = part[5] * 100
-        changed = GroupView(seen.name, seen.width, seen.reader, seen.hessian, tuple(louder))
+        changed = replace(seen, owned=tuple(louder))
         assert int(rank("magnitude", changed).order[-1]) == 5
 
 

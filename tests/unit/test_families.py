@@ -29,6 +29,8 @@ from compress.recipe import loads
 from compress.stream.stock import stock_config, stock_model
 from tests import sparse, tiny
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -40,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # Which shapes stock transformers loads.
 
 
-def stock_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+def stock_shapes(config: dict[str, Any]) -> Shapes | None:
     """Names and shapes that the stock class of a config takes; None where it refuses the config."""
     try:
         return {name: tuple(value.shape) for name, value in stock_model(config).state_dict().items()}
@@ -63,7 +65,7 @@ def test_a_shape_is_refused_exactly_where_stock_transformers_does_not_load_it(
     if family.stock is not None:  # 8 heads of 8 are plain glm4v again
         assert loaded == (heads == 8)
     else:
-        assert loaded == (family.refuse(sizes) is None)
+        assert loaded == (family.refuse(sizes, config) is None)
     for flavour in FLAVOURS:  # and each label that a plan would give it loads: but for native, which says so
         rewrite, why = family.label(config, sizes, flavour)
         if rewrite is None:
@@ -126,20 +128,6 @@ def test_a_biased_llama_keeps_to_heads_that_divide(biases: dict[str, bool], tmp_
 # What a config means.
 
 
-def test_configs_that_no_family_describes(tmp_path: Path) -> None:
-    for config, line in (
-        ({"model_type": "glm4"}, "config.json: model_type 'glm4' is not supported; did you mean 'glm4v'?"),
-        ({"model_type": "mistral"}, "sliding_window must be null, found 4096"),
-        (
-            {"model_type": "glm46v", "text_config": {"model_type": "glm4_moe"}},
-            "text_config.model_type must be glm4v_te",
-        ),
-    ):
-        with pytest.raises(UserError) as caught:
-            described(config)
-        assert line in caught.value.message
-
-
 MINIMAL = {
     "hidden_size": 64,
     "num_hidden_layers": 1,
@@ -148,6 +136,21 @@ MINIMAL = {
     "intermediate_size": 96,
     "vocab_size": 384,
 }
+
+
+def test_configs_that_no_family_describes(tmp_path: Path) -> None:
+    for config, line in (
+        ({"model_type": "qwen33"}, "config.json: model_type 'qwen33' is not supported; did you mean 'qwen3'?"),
+        ({"model_type": "mistral"}, "sliding_window must be null, found 4096"),
+        (
+            {"model_type": "glm46v", "text_config": {"model_type": "glm4_moe"}},
+            "text_config.model_type must be glm4v_te",
+        ),
+        ({"model_type": "phi3", "sliding_window": 2047}, "null or at least max_position_embeddings, found 2047"),
+    ):
+        with pytest.raises(UserError) as caught:
+            described(config)
+        assert line in caught.value.message
 
 
 def fields(config: Any) -> dict[str, Any]:
@@ -256,6 +259,14 @@ def test_rotary_rows_are_those_of_the_stock_class(rope: dict[str, Any], rows: in
     assert rotary_rows(sizes, config["text_config"]) == rows
     stock = stock_config({**config, "architectures": ["Glm4vForConditionalGeneration"]}).text_config
     assert int(8 * stock.rope_parameters.get("partial_rotary_factor", 1.0)) == rows
+
+
+@pytest.mark.parametrize("share", ["half", True, -0.5, 1.5, float("nan"), float("inf"), [0.5]])
+def test_a_rotary_share_that_is_none_is_refused(share: object) -> None:
+    config = {"model_type": "glm4", **MINIMAL, "rope_scaling": {"partial_rotary_factor": share}}
+    sizes = FAMILIES["glm4"].sizes(Header(config=config, tensors={}, locations={}))
+    with pytest.raises(UserError, match="partial_rotary_factor must be a number from 0 to 1"):
+        rotary_rows(sizes, config)
 
 
 def test_rows_move_with_everything_that_has_one_entry_a_row(models: dict[str, Path]) -> None:

@@ -57,6 +57,7 @@ HEAVY = {
     "compress.checkpoint.writer",
     "compress.criteria.magnitude",
     "compress.criteria.obs",
+    "compress.criteria.random",
     "compress.formats.packing",
     "compress.losses.forward_kl",
     "compress.resume",

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import compress
+from compress.criteria import CRITERIA
 from compress.errors import UserError
 from compress.sensitivity import Sensitivity, load_sensitivity, removal_order
 from tests import tiny
@@ -62,7 +63,7 @@ def test_units_are_those_of_the_checkpoint(source: Path, pruned: Path) -> None:
             assert np.array_equal(before.get_tensor(name)[kept], after.get_tensor(name))
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "obs", "magnitude"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_what_went_is_the_head_of_the_ranking(criterion: str, source: Path, tmp_path: Path) -> None:
     keywords: dict[str, Any] = {"heads": 0.5, "ffn": 0.3, "data": DATA, "machine": ONE}
     found = load_sensitivity(compress.prune(source, tmp_path / "out", criterion=criterion, **keywords).out)

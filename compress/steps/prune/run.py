@@ -17,9 +17,10 @@ from compress.arch import family_of
 from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
-from compress.criteria import CRITERIA, Ranking
+from compress.criteria import CRITERIA, GroupView, Ranking
 from compress.data import windows
 from compress.device import device_of
+from compress.errors import UserError
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import cut_error, damping_vector, refit
@@ -29,8 +30,9 @@ from compress.steps.prune.plan import PrunePlan
 from compress.steps.prune.scores import Chosen
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.types import Job, Outcome
+from compress.stream import Statistic
 from compress.stream.forward import Stream, compute_dtype
-from compress.stream.statistics import Gram, gathering
+from compress.stream.statistics import Gathered, gathering
 
 PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
@@ -87,8 +89,8 @@ class _Pruner:
     ) -> None:
         self.job, self.plan, self.options = job, plan, options
         self.reader, self.streamed, self.writer = reader, streamed, writer
-        criterion = CRITERIA[options.criterion]
-        self.rank = criterion.load()
+        self.criterion = CRITERIA[options.criterion]
+        self.rank = self.criterion.load()
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
         self.before = Stream(streamed, family, dtype=dtype)
@@ -105,7 +107,8 @@ class _Pruner:
         self.orders = row_orders(made.sizes(plan.after), plan.after.text_config, family.rope, made.rope)
         self.groups = [g for g in family.groups(sizes, plan.before.text_config) if plan.keep[g.name] < g.units]
         self.names = tuple(family.layer(sizes, plan.before.text_config))
-        self.gathers = (options.refit or criterion.needs_gram) and bool(self.groups)
+        refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
+        self.wanted = self.criterion.needs | refits if self.groups else frozenset()
         self.chosen: list[dict[str, Chosen]] = []
 
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
@@ -137,7 +140,7 @@ class _Pruner:
         first layer that is not done: those an earlier run has left, else the embeddings."""
         state = None if self.job.ledger is None else self.job.ledger.load()
         if state is None or not self.writer.kept:
-            return (self.before.embed(ids) if self.gathers else None), self.probe.embed(probe_ids)
+            return (self.before.embed(ids) if self.wanted else None), self.probe.embed(probe_ids)
         facts, tensors = state.facts, state.tensors
         self.chosen = scores.restored(tensors, facts["errors"])
         self.writer.resume(facts["written"])
@@ -160,13 +163,14 @@ class _Pruner:
     def _layer(self, index: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Rank, choose, cut and refit every group of one layer; returns its tensors, by their names inside it."""
         tensors = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
-        grams = self._statistics(index, tensors, hidden) if hidden is not None else {}
+        found = self._statistics(index, tensors, hidden) if hidden is not None else {}
         picked: dict[str, Chosen] = {}
         for group in self.groups:
             what = f"layer {index} {group.name}"
-            hessian = grams.pop(group.name, None)
-            seen = view(tensors, group, hessian, what)
-            ranking = self.rank(seen, self.options.damping)
+            statistics = found.pop(group.name, {})
+            hessian = statistics.get("gram")
+            seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
+            ranking = self._rank(seen)
             keep = select(ranking, group, self.plan.keep[group.name])
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
@@ -183,15 +187,25 @@ class _Pruner:
         self.chosen.append(picked)
         return {name: arranged(name, value, self.orders) for name, value in tensors.items()}
 
+    def _rank(self, seen: GroupView) -> Ranking:
+        """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
+        ranking = self.rank(seen, self.options.damping)
+        if not bool(torch.isfinite(ranking.cost).all()):
+            raise UserError(
+                f"{seen.name}: costs by {self.options.criterion} are NaN or infinite: "
+                f"{'activations' if self.criterion.needs else 'weights'} overflow"
+            )
+        return ranking
+
     def _statistics(
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Gram matrices of the readers' inputs, by group."""
-        grams = {g.name: Gram(g.units * g.width, self.streamed.device) for g in self.groups}
-        readers = {g.reader: grams[g.name] for g in self.groups}
+    ) -> dict[str, dict[Statistic, torch.Tensor]]:
+        """What is wanted of the readers' inputs, by group."""
+        gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in self.groups}
+        readers = {g.reader: gathered[g.name] for g in self.groups}
         with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
             self.before.advance(layer, hidden, keep=False)
-        return {name: gram.mean() for name, gram in grams.items()}
+        return {name: each.results() for name, each in gathered.items()}
 
 
 def _loading(plan: PrunePlan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from compress.steps.types import Job
 @dataclass(frozen=True)
 class Chosen:
     """What happened to one group of one layer. Errors are relative output errors on the calibration inputs, None
-    when no statistics were taken."""
+    when no Gram matrix was taken: neither the criterion nor the refit needed one."""
 
     ranking: Ranking
     keep: torch.Tensor

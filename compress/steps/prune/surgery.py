@@ -8,6 +8,7 @@ import torch
 
 from compress.arch import Group
 from compress.criteria import GroupView, Ranking
+from compress.stream import Statistic
 
 
 def select(ranking: Ranking, group: Group, keep: int) -> torch.Tensor:
@@ -27,20 +28,33 @@ def columns(units: torch.Tensor, width: int, offset: int = 0) -> torch.Tensor:
 
 
 def cut(tensors: Mapping[str, torch.Tensor], group: Group, keep: torch.Tensor) -> dict[str, torch.Tensor]:
-    """All tensors of a layer with only the kept units of `group`; tensors the group does not own are passed on."""
+    """All tensors of a layer with only the kept units of `group`. What the group does not own is passed on: other
+    tensors, and rows of a fused matrix beside its own (k and v behind the queries)."""
     new = dict(tensors)
     for name in {c.tensor for c in group.cuts}:
         mine = [c for c in group.cuts if c.tensor == name]
-        index = torch.cat([columns(keep, c.width, c.offset) for c in mine])
-        new[name] = tensors[name].index_select(mine[0].axis, index)
+        axis = mine[0].axis
+        stays = torch.ones(tensors[name].shape[axis], dtype=torch.bool, device=keep.device)
+        for c in mine:
+            stays[c.offset : c.offset + group.units * c.width] = False
+            stays[columns(keep, c.width, c.offset)] = True
+        new[name] = tensors[name].index_select(axis, stays.nonzero().flatten())
     return new
 
 
-def view(tensors: Mapping[str, torch.Tensor], group: Group, hessian: torch.Tensor | None, name: str) -> GroupView:
+def view(
+    tensors: Mapping[str, torch.Tensor],
+    group: Group,
+    statistics: Mapping[Statistic, torch.Tensor] | None,
+    name: str,
+    seed: tuple[int, ...] = (0,),
+) -> GroupView:
     """What a criterion sees of one group of a layer, in float32."""
     owned = []
     for c in group.cuts:
         part = tensors[c.tensor].narrow(c.axis, c.offset, group.units * c.width).float()
         owned.append(part.movedim(c.axis, 0).reshape(group.units, -1))
     reader = tensors[f"{group.reader}.weight"].float()
-    return GroupView(name=name, width=group.width, reader=reader, hessian=hessian, owned=tuple(owned))
+    return GroupView(
+        name=name, width=group.width, reader=reader, owned=tuple(owned), statistics=statistics or {}, seed=seed
+    )

@@ -1,0 +1,64 @@
+"""Phi-3 and Phi-4 (`phi3`) with full attention: q, k and v are one matrix, and so are gate and up; no biases.
+
+Query heads are the first rows of qkv_proj; the rows of k and v behind them stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from compress.arch.family import QKV_FUSED, Group, Sizes, decoder_layer, ffn_fused, no_null, query_heads
+from compress.arch.llama import LLAMA
+from compress.arch.rope import rotary_rows
+
+
+def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    del config  # stock Phi3Attention and Phi3MLP have no biases, whatever the config says
+    return decoder_layer(sizes, fused_qkv=True, fused_ffn=True)
+
+
+def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
+    del config
+    return (query_heads(sizes, bias=False, rows=QKV_FUSED), ffn_fused(sizes))
+
+
+def _unlike(config: Mapping[str, Any]) -> str | None:
+    window, reach = config.get("sliding_window"), config.get("max_position_embeddings", 4096)
+    if window is not None and not (type(window) is int and type(reach) is int and window >= reach):
+        return (
+            "phi3 is supported with full attention only: sliding_window must be null or at least "
+            f"max_position_embeddings, found {window!r}"
+        )
+    return no_null(config, "head_dim")
+
+
+def _refuse(sizes: Sizes, config: Mapping[str, Any]) -> str | None:
+    # Phi3Config.validate_rope counts the factors of longrope by hidden_size // heads, whatever head_dim says
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return None
+    factors = [rope[key] for key in ("short_factor", "long_factor") if isinstance(rope.get(key), list)]
+    counted = rotary_rows(replace(sizes, head_dim=sizes.hidden // sizes.heads), config) // 2
+    if all(len(each) == counted for each in factors):
+        return None
+    return (
+        "stock transformers' phi3 counts the factors of longrope by hidden_size // heads and would not load "
+        f"{sizes.heads} heads of {sizes.head_dim}"
+    )
+
+
+PHI3 = replace(
+    LLAMA,
+    name="phi3",
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    layer=_layer,
+    groups=_groups,
+    refuse=_refuse,
+    rewrites=(),
+    unlike=_unlike,
+    vllm=None,
+    defaults={},
+)
