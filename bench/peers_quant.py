@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def _last(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = log.read_text(errors="replace").replace(f"{ROOT}/", "").strip().splitlines()
     return lines[-1][:300] if lines else "it said nothing"
 
 
