@@ -37,8 +37,8 @@ def digest(path: Path) -> str:
             return memo.read_text()
         begun = _begun.pop(said, None)
         found = _sha256(path) if begun is None else begun.result()
-        if begun is not None and _identity(path, path.stat()) != said:  # changed while it was hashed
-            found = _sha256(path)
+        if begun is not None and _identity(path, path.stat()) != said:  # changed since it was begun
+            return digest(path)
     except OSError as error:
         raise MachineError(f"{error.filename or path}: {error.strerror or error}") from None
     if time.time_ns() - state.st_mtime_ns > RECENT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,35 @@ def test_without_a_cache_it_only_takes_longer(
     assert len(hashed) == 2
     with pytest.raises(MachineError, match="No such file"):
         digests.digest(tmp_path / "missing")
+
+
+def test_what_was_begun_is_hashed_once(tmp_path: Path, hashed: list[Path]) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"first")
+    digests.ahead([file, tmp_path / "not there"])
+    assert digests.digest(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert hashed == [file]
+    assert digests._begun == {}
+
+
+def test_a_file_that_changes_while_it_is_hashed_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the moment it was asked for and the end of the hash: the digest is of what it holds then."""
+    monkeypatch.setenv("AUTOGLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "large"
+    file.write_bytes(bytes(digests.WORTH_REMEMBERING))
+    asked = threading.Event()
+    real = digests._sha256
+
+    def late(path: Path) -> str:
+        if threading.current_thread().name != "digests":
+            return real(path)
+        found = real(path)
+        asked.wait(10)
+        file.write_bytes(bytes(digests.WORTH_REMEMBERING + 1))
+        return found
+
+    monkeypatch.setattr(digests, "_sha256", late)
+    digests.ahead([file])
+    memo = digests._memo
+    monkeypatch.setattr(digests, "_memo", lambda said: asked.set() or memo(said))  # `digest` has looked at the file
+    assert digests.digest(file) == hashlib.sha256(bytes(digests.WORTH_REMEMBERING + 1)).hexdigest()
