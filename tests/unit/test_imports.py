@@ -35,7 +35,7 @@ LAYERS = (
     ("steps",),
     ("criteria", "losses", "formats"),
     ("stream", "solve"),
-    ("complaints", "data", "arch"),
+    ("complaints", "data", "arch", "curves"),
     ("checkpoint", "recipe_yaml", "signatures"),
     ("device",),
     ("errors", "limits", "machine"),
