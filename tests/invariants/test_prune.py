@@ -118,6 +118,18 @@ def test_the_refit_lowers_the_error_of_every_layer(criterion: str, tmp_path: Pat
             assert 0 < errors["error"] < errors["error_without_refit"]
 
 
+def test_each_refit_takes_the_damping_that_is_best_on_held_out_windows(tmp_path: Path) -> None:
+    from compress.limits import DAMPINGS
+    from compress.receipt import load_receipt
+
+    source = tiny.llama(tmp_path / "source")
+    out = prune(source, tmp_path / "out", ratio=0.4, heads=0.5, held_out=0.25)
+    for layer in load_receipt(out)["steps"][0]["relative_output_error"]:
+        for errors in layer.values():
+            # the refit that is judged on other windows has not seen them
+            assert errors["damping"] in DAMPINGS and errors["error"] < errors["error_held_out"] < 1
+
+
 def test_heads_go_equally_from_every_kv_group(tmp_path: Path) -> None:
     source = tiny.llama(tmp_path / "source")
     out = prune(source, tmp_path / "out", keep_heads=4)

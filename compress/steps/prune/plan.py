@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
+from compress.criteria import CRITERIA
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
@@ -58,13 +59,13 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, context, before),
+        memory=_memory(sizes, options, context, before),
         scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *chosen,
             *_label_notes(family, family_of(after), why),
-            *_refit_note(options, sizes, keep, context),
+            *_refit_note(options, sizes, keep, context, complain),
         ),
         keep=keep,
         removed=share,
@@ -128,13 +129,14 @@ def _cut(before: Header, family: Family, groups: Mapping[str, Group], keep: Keep
     return before.planned(family.with_units(before.config, changes), tensors.values())
 
 
-def _memory(sizes: Sizes, context: PlanContext, before: Header) -> int:
+def _memory(sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header) -> int:
     """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch."""
     data = context.data["calibration"]
     tokens = _tokens(context)
     layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(family_of(before).prefix(0)))
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
-    gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)
+    # with windows held out every reader has a second Gram matrix
+    gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2) * (1 if options.held_out is None else 2)
     solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
@@ -148,11 +150,27 @@ def _tokens(context: PlanContext) -> int:
     return expected_tokens(context.data["calibration"], "calibration")
 
 
-def _refit_note(options: PruneOptions, sizes: Sizes, keep: Keep, context: PlanContext) -> list[str]:
+def _refit_note(
+    options: PruneOptions, sizes: Sizes, keep: Keep, context: PlanContext, complain: Complain
+) -> list[str]:
+    """How many calibration tokens there are for every column of the widest Gram matrix (T/n); a complaint under 1."""
     data = context.data["calibration"]
     widest = max((n for n, kept in ((sizes.ffn, keep["ffn"]), (sizes.heads * sizes.head_dim, 0)) if kept != n))
-    if not options.refit or data.samples is None:
+    if not options.refit and "gram" not in CRITERIA[options.criterion].needs:
         return []
-    per_column = data.samples * data.length / widest
-    note = f"refit: {per_column:.1f} calibration tokens per column"
-    return [note + (" (under 4: the refit will be poor; give more samples)" if per_column < 4 else "")]
+    if options.held_out is not None and data.samples is not None and not (
+        0 < round(options.held_out * data.samples) < data.samples
+    ):
+        complain("held_out", f"{options.held_out} of {data.samples} calibration windows is none, or all of them")
+    if data.samples is None:
+        return []
+    tokens = data.samples * data.length
+    if tokens < widest and not options.force:
+        complain(
+            "",
+            f"{tokens} calibration tokens for a Gram matrix of {widest} columns: {tokens / widest:.2f} a column, and "
+            "under 1 it is singular",
+            "give more samples (4 tokens a column or more), or force",
+        )
+    note = f"refit: {tokens / widest:.1f} calibration tokens per column"
+    return [note + (" (under 4: the refit will be poor; give more samples)" if tokens < 4 * widest else "")]
