@@ -76,7 +76,7 @@ def refit(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The Gram matrix H_v [n, n] of the windows that were kept back, and their share of all tokens that H is made of."""
+    """The Gram matrix H_v [n, n] of the windows kept back, and their share of the tokens that H is made of."""
 
     gram: torch.Tensor
     share: float

@@ -104,7 +104,9 @@ def test_held_out_windows_choose_the_damping_that_is_best_on_them() -> None:
     for damping in DAMPINGS:
         ridge = damping * (fit**2).mean() * np.eye(len(keep))
         system = fit[:, keep].T @ fit[:, keep] / len(fit) + ridge
-        weight = np.linalg.solve(system, (problem.w @ (fit.T @ fit[:, keep] / len(fit)) + problem.w[:, keep] @ ridge).T).T
+        weight = np.linalg.solve(
+            system, (problem.w @ (fit.T @ fit[:, keep] / len(fit)) + problem.w[:, keep] @ ridge).T
+        ).T
         lost = (held[:, keep] @ weight.T - held @ problem.w.T) ** 2
         errors[damping] = lost.sum() / ((held @ problem.w.T) ** 2).sum()
     best = min(errors, key=lambda damping: errors[damping])
