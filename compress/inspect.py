@@ -24,7 +24,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
     sizes = family.sizes(header)
     stored, quantized = format_of(header), is_quantized(header)
     tensors = stored.logical(header)
-    decoder = [t for name, t in tensors.items() if name.startswith(f"{family.text}.layers.")]
+    decoder = [t for name, t in tensors.items() if name.startswith(family.layers)]
     shapes = family.layer(sizes, header.text_config)
     groups = [
         {

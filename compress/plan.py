@@ -287,7 +287,7 @@ def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:
     named = header.config.get("architectures")
     if named != [family.architecture]:
         wrong.append(f"config.json: architectures must be ['{family.architecture}'], found {named!r}")
-    implied, prefix = family.shapes(header), f"{family.text}.layers."
+    implied, prefix = family.shapes(header), family.layers
     for name, shape in implied.items():
         if name not in found:
             wrong.append(f"tensor '{name}' {list(shape)} is missing")

@@ -73,6 +73,7 @@ HEAVY = {
     "compress.steps.prune.surgery",
     "compress.steps.quantize.run",
     "compress.stream.arranged",
+    "compress.stream.calls",
     "compress.stream.forward",
     "compress.stream.statistics",
     "compress.stream.stock",
