@@ -46,14 +46,22 @@ class Last(tuple[torch.Tensor, ...]):
 
 
 class Calls:
-    """The calls of the layers `layers` of the decoder `text` (both empty, on the meta device) on `device`.
+    """The calls of the layers `layers` of the decoder `text`, which ends with `norm`, on `device`; the layers are empty,
+    on the meta device.
 
     Made once for a stream: `text` gets its buffers (rotary frequencies, scales of embeddings), and the first layer is
     run on the meta device, which raises whatever stock code raises for a config that it builds but cannot run.
     """
 
-    def __init__(self, text: nn.Module, layers: nn.ModuleList, initialize: Callable[[nn.Module], None], device: str):
-        self._text, self._layers, self._device = text, layers, device
+    def __init__(
+        self,
+        text: nn.Module,
+        layers: nn.ModuleList,
+        norm: nn.Module,
+        initialize: Callable[[nn.Module], None],
+        device: str,
+    ) -> None:
+        self._text, self._layers, self._norm, self._device = text, layers, norm, device
         self._remembered: dict[tuple[torch.Size, torch.dtype], list[Call]] = {}
         for module in text.modules():
             fill_buffers(module, initialize, device)
@@ -95,12 +103,13 @@ class Calls:
             if hidden is None:
                 hidden = kwargs.pop("hidden_states")
             made.append(Call(hidden, args, kwargs))
-            # what follows the last layer is still empty: it works on the meta device, for nothing
+            # nothing reads what follows the last layer
             return self._as_given(hidden.to("meta") if len(made) == len(self._layers) else hidden)
 
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(forward_of(layer, stand_in))
+            stack.enter_context(forward_of(self._norm, lambda hidden, *_, **__: hidden))
             self._text(**inputs, use_cache=False)
         return made
 

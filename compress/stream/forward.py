@@ -84,7 +84,7 @@ class Stream:
         self.text = self.model.get_submodule(family.text)
         self.layers = len(self._layer_list())
         self._index = {layer: index for index, layer in enumerate(self._layer_list())}
-        self._calls = Calls(self.text, self._layer_list(), self._initialize, self.device)
+        self._calls = Calls(self.text, self._layer_list(), self.text.get_submodule("norm"), self._initialize, self.device)
         self._check_tie()
         self._rehearse()
 
@@ -181,14 +181,14 @@ class Stream:
         batch = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), batch):
             part = hidden[start : start + batch]
-            out = self.call(layer, part.to(self.device))
+            out = self.through(layer, part.to(self.device))
             if keep:
                 part.copy_(out)
 
-    def call(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """One layer of this stream on a batch [B, L, hidden] on the device, with the mask and the positions that the
-        stock model would give it for text without padding."""
-        return self._calls.of(self._index[layer], hidden).of(layer, hidden)
+    def through(self, layer: nn.Module, here: torch.Tensor) -> torch.Tensor:
+        """What a layer of this stream makes of one batch [n, L, hidden] that is where the layer is, with the mask and
+        the positions that the stock model gives it for text without padding; with a graph where torch makes one."""
+        return self._calls.of(self._index[layer], here).of(layer, here)
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor, progress: Progress | None = None, label: str = "forward") -> torch.Tensor:
@@ -204,13 +204,17 @@ class Stream:
     @torch.no_grad()
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The decoder's last norm, in place, batch by batch."""
-        norm = self.text.get_submodule("norm")
-        assign(norm, "weight", self.reader.tensor(f"{self.family.root}.norm.weight", self.dtype))
+        norm = self.last_norm()
         batch = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), batch):
             hidden[start : start + batch] = norm(hidden[start : start + batch].to(self.device))
-        empty(norm)
         return hidden
+
+    def last_norm(self) -> nn.Module:
+        """The decoder's last norm, filled from disk."""
+        norm = self.text.get_submodule("norm")
+        assign(norm, "weight", self.reader.tensor(f"{self.family.root}.norm.weight", self.dtype))
+        return norm
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
