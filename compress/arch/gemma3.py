@@ -48,6 +48,7 @@ GEMMA3 = replace(
     rewrites=(),
     unlike=_unlike,
     head_beside=_capped,
+    layered=False,  # not proved for it
     vllm=None,
     defaults={
         "hidden_size": 2304,

@@ -72,6 +72,7 @@ LLAMA = Family(
     # LlamaConfig.validate_architecture: hidden_size % num_attention_heads must be 0
     refuse=lambda sizes, config: dividing(sizes, "llama"),
     skip=("lm_head",),
+    layered=True,
     rewrites=(MISTRAL_LABEL,),
     vllm="its own class",
 )

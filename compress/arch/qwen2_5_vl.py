@@ -46,5 +46,6 @@ QWEN2_5_VL = replace(
     refuse=_derived_head_dim,
     skip=("lm_head", "model.visual"),
     unlike=_unlike,
+    layered=False,
     defaults={"num_key_value_heads": 8},
 )

@@ -26,5 +26,6 @@ QWEN3_VL = replace(
     architecture="Qwen3VLForConditionalGeneration",
     text="model.language_model",
     skip=("lm_head", "model.visual"),
+    layered=False,
     unlike=_unlike,
 )

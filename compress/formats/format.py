@@ -175,7 +175,7 @@ def decoder_linears(header: Header, family: Family) -> tuple[str, ...]:
     return tuple(
         name.removesuffix(".weight")
         for name, spec in header.tensors.items()
-        if name.startswith(family.layers) and name.endswith(".weight") and len(spec.shape) == 2
+        if name.startswith(family.inside) and name.endswith(".weight") and len(spec.shape) == 2
     )
 
 

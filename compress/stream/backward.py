@@ -50,7 +50,8 @@ def gradients(
     [hidden, hidden], float32 on the stream's device, layer by layer from the last to the first; none is kept.
 
     `scratch`: a folder for the inputs of the layers where they are large; None: they stay in memory. Products run in
-    the stream's dtype, sums in float32 or wider. Raises MachineError where the disk is full, UserError as `Stream` and for a model that does more with its logits.
+    the stream's dtype, sums in float32 or wider. Raises MachineError where the disk is full, UserError as `Stream`, and
+    for a model that does more with its logits (Family.head_beside).
     """
     length = ids.shape[1]
     if length < 2:

@@ -46,7 +46,7 @@ class Last(tuple[torch.Tensor, ...]):
 
 
 class Calls:
-    """The calls of the layers `layers` of the decoder `text`, which ends with `norm`, on `device`; the layers are empty,
+    """The calls of the layers `layers` of the decoder `text`, which ends with `norm`, on `device`; its parameters are
     on the meta device.
 
     Made once for a stream: `text` gets its buffers (rotary frequencies, scales of embeddings), and the first layer is

@@ -78,13 +78,15 @@ class Stream:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         stock, self._orders = stock_view(family, config or reader.header.config)
-        self.reader = Arranged(reader, family.layers, self._orders) if self._orders else reader
+        self.reader = Arranged(reader, family.inside, self._orders) if self._orders else reader
         self.family, self.dtype, self._linear, self.device = family, dtype, linear, reader.device
         self.model = stock_model(stock)
         self.text = self.model.get_submodule(family.text)
         self.layers = len(self._layer_list())
         self._index = {layer: index for index, layer in enumerate(self._layer_list())}
-        self._calls = Calls(self.text, self._layer_list(), self.text.get_submodule("norm"), self._initialize, self.device)
+        self._calls = Calls(
+            self.text, self._layer_list(), self.text.get_submodule("norm"), self._initialize, self.device
+        )
         self._check_tie()
         self._rehearse()
 
