@@ -63,6 +63,7 @@ class Curves:
     digest: of the folder's two files. model: of the files of the model (checkpoint.digests.model_digest).
     about: sensitivity.json. cost [units]: in the criterion's own measure; order [units]: the units from the first to
     go; unit_loss [units]: the predicted rise of the loss when that unit alone goes, nats a token.
+    Beside heads, cost and unit_loss hold (layer, "kv"), [KV heads]: what all query heads of each cost together.
     """
 
     folder: Path
@@ -169,9 +170,23 @@ def _arrays(path: Path, data: bytes, groups: Mapping[str, Units], layers: int) -
                 whole = kind in ("order", "curve.removed")
                 found[kind][layer, name] = tensor.astype(np.int64 if whole else np.float64)
             wrong = _wrong({kind: found[kind][layer, name] for kind in KINDS}, units)
+            if name == "heads" and not wrong:
+                wrong = _add_kv(found, tensors, layer, units)
             if wrong:
                 raise UserError(f"{path}: layers.{layer}.{name}: {wrong}")
     return found
+
+
+def _add_kv(found: Mapping[str, dict[Key, Any]], tensors: Mapping[str, Any], layer: int, size: Units) -> str | None:
+    """What the heads of each KV head cost together; what is wrong with it, or None."""
+    import numpy as np
+
+    for kind in ("cost", "loss"):
+        tensor = tensors.get(f"layers.{layer}.kv.{kind}")
+        if tensor is None or tensor.shape != (size.units // size.balance,) or not np.isfinite(tensor).all():
+            return f"kv.{kind} is not a number for each of {size.units // size.balance} KV heads"
+        found[kind][layer, "kv"] = tensor.astype(np.float64)
+    return None
 
 
 def _wrong(one: Mapping[str, Any], size: Units) -> str | None:

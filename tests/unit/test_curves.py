@@ -30,6 +30,8 @@ def write(folder: Path, layers: int = 2) -> Path:
             tensors[f"{prefix}.curve.removed"] = removed
             tensors[f"{prefix}.curve.loss"] = removed.astype(np.float64) * (layer + 1)
             tensors[f"{prefix}.curve.error"] = removed / units
+        for kind in ("cost", "loss"):
+            tensors[f"layers.{layer}.kv.{kind}"] = np.ones(2)
     folder.mkdir(parents=True)
     save_file(tensors, folder / TENSORS)
     about = {
@@ -114,6 +116,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "twice": (change("layers.0.heads.order", lambda a: a * 0), "no permutation|not a permutation"),
     "descends": (change("layers.0.heads.curve.removed", lambda a: a[::-1].copy()), "does not ascend"),
     "beyond": (change("layers.0.heads.curve.removed", lambda a: a * 2), "beyond 4 units"),
+    "a KV head more": (change("layers.1.kv.loss", lambda a: np.ones(3)), "for each of 2 KV heads"),
     "a shorter curve": (change("layers.0.heads.curve.error", lambda a: a[1:]), "other lengths"),
     "a loss at none": (change("layers.0.heads.curve.loss", lambda a: a + 1), "where nothing is removed"),
 }

@@ -17,10 +17,9 @@ from compress.arch import family_of
 from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
-from compress.criteria import CRITERIA, GroupView, Ranking
+from compress.criteria import CRITERIA, Ranking, ranked
 from compress.data import windows
 from compress.device import device_of
-from compress.errors import UserError
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import cut_error, damping_vector, refit
@@ -90,7 +89,6 @@ class _Pruner:
         self.job, self.plan, self.options = job, plan, options
         self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[options.criterion]
-        self.rank = self.criterion.load()
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
         self.before = Stream(streamed, family, dtype=dtype)
@@ -170,7 +168,7 @@ class _Pruner:
             statistics = found.pop(group.name, {})
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
-            ranking = self._rank(seen)
+            ranking = ranked(self.criterion, seen, self.options.damping)
             keep = select(ranking, group, self.plan.keep[group.name])
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
@@ -186,16 +184,6 @@ class _Pruner:
             picked[group.name] = Chosen(Ranking(ranking.order.cpu(), ranking.cost.cpu()), keep.cpu(), error, before)
         self.chosen.append(picked)
         return {name: arranged(name, value, self.orders) for name, value in tensors.items()}
-
-    def _rank(self, seen: GroupView) -> Ranking:
-        """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
-        ranking = self.rank(seen, self.options.damping)
-        if not bool(torch.isfinite(ranking.cost).all()):
-            raise UserError(
-                f"{seen.name}: costs by {self.options.criterion} are NaN or infinite: "
-                f"{'activations' if self.criterion.needs else 'weights'} overflow"
-            )
-        return ranking
 
     def _statistics(
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
