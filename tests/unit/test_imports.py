@@ -73,9 +73,11 @@ HEAVY = {
     "compress.steps.prune.surgery",
     "compress.steps.quantize.run",
     "compress.stream.arranged",
+    "compress.stream.backward",
     "compress.stream.forward",
     "compress.stream.statistics",
     "compress.stream.stock",
+    "compress.stream.tape",
 }
 LIBRARIES = {"torch", "transformers", "accelerate", "bitsandbytes", "datasets", "matplotlib", "pandas"}
 
