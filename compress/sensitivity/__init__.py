@@ -12,14 +12,14 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from compress.curves import DOCUMENT, Curves, read_curves
 from compress.errors import UserError, did_you_mean
-from compress.sensitivity.outcome import outcome
+from compress.sensitivity.outcome import Outcome, outcome
 from compress.sensitivity.read import Floats, Ints, Key, read_scores
 
 if TYPE_CHECKING:
@@ -178,34 +178,38 @@ class Sensitivity:
         """Heat map of the query heads by layer. Of an analysis: the predicted loss without each head. Of a prune step:
         each head's share of its layer's summed cost, because only heads of one layer compete; what went is crossed."""
         self._size("heads")
-        return _figure("heads", self)
+        return cast("Figure", _figure("heads", self))
 
     def plot_curves(self, group: str = "ffn") -> Figure:
         """A line a layer, coloured by depth, on a log scale: the predicted losses of `losses(group)`; of a prune step
         the costs of `curve(group)`, a dot at its cut."""
         self._size(group)
-        return _figure("losses" if self.measured else "curves", self, group)
+        return cast("Figure", _figure("losses" if self.measured else "curves", self, group))
 
     def plot_layers(self) -> Figure:
         """How much each layer does: its block influence, and the predicted loss without its attention or its FFN."""
         self._measured()
-        return _figure("layers", self)
+        return cast("Figure", _figure("layers", self))
 
     def plot_predicted(self, results: Sequence[str | Path]) -> Figure:
         """Predicted against measured rise of the loss of prune results (folders with a receipt.json)."""
-        return _figure("predicted", [outcome(self, Path(result)) for result in results])
+        return cast("Figure", _figure("predicted", [outcome(self, Path(result)) for result in results]))
+
+    def save_predicted(self, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
+        """The picture of `plot_predicted`, as PNG and SVG, in `folder`."""
+        return list(_figure("save", _figure("predicted", outcomes), folder, "predicted"))
 
     def plot_cut(self) -> Figure:
         """What the cut took, layer by layer and group by group: share of the cost, and the output error before and
         after the refit. Raises UserError where nothing was cut."""
         if self.measured or not self.groups:
             raise UserError(f"{self.step} cut nothing; there are no scores to show")
-        return _figure("cut", self)
+        return cast("Figure", _figure("cut", self))
 
     def save_pictures(self, folder: Path) -> list[Path]:
         """Every picture there is, as PNG and SVG, into a new `folder`."""
-        makers: dict[str, Any] = {
-            f"curves-{group}": lambda group=group: self.plot_curves(group) for group in self.groups
+        makers: dict[str, Callable[[], Figure]] = {
+            f"curves-{group}": partial(self.plot_curves, group) for group in self.groups
         }
         if "heads" in self.groups:
             makers["heads"] = self.plot_heads
@@ -271,12 +275,11 @@ def load_sensitivity(folder: str | Path, step: str | None = None) -> Sensitivity
     return Sensitivity(name, about, scores["cost"], scores["order"], scores["keep"])
 
 
-def _figure(name: str, *arguments: Any) -> Figure:
-    """A figure of compress.sensitivity.plots, which needs all of the extra."""
+def _figure(name: str, *arguments: Any) -> Any:
+    """What a function of compress.sensitivity.plots makes, which needs all of the extra."""
     for module in ("pandas", "matplotlib"):
         optional(module)
-    figure: Figure = getattr(import_module("compress.sensitivity.plots"), name)(*arguments)
-    return figure
+    return getattr(import_module("compress.sensitivity.plots"), name)(*arguments)
 
 
 def _number(value: Any) -> float:

@@ -6,11 +6,13 @@ Dark is costly. The shade alone tells it: colour, where a terminal has it, is ad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.text import Text
 
-from compress.sensitivity import Floats, Sensitivity
+from compress.sensitivity import Sensitivity
+from compress.sensitivity.read import Floats
 
 SHADES = " .:-=+*#%@"  # plain ASCII, from nothing to most
 COLORS = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
@@ -19,18 +21,34 @@ WIDTH = 80
 DECADES = 4  # of a map's scale, at most
 
 
+def summary(found: Sensitivity, folder: Path) -> list[str]:
+    """How it was measured, in a few lines: the ranking, tokens a column, where pictures are."""
+    lines = [repr(found)]
+    if found.measured is not None:
+        text = found.about["calibration"]
+        per_column = {name: group["tokens_per_column"] for name, group in found.about["groups"].items()}
+        told = ", ".join(f"{name} {value:.1f}" for name, value in per_column.items())
+        poor = " (under 4: predictions will be poor; give more samples)" if min(per_column.values()) < 4 else ""
+        lines.append(f"{text['tokens']:,} calibration tokens; a column: {told}{poor}")
+    if (folder / "pictures").is_dir():
+        lines.append(f"pictures: {folder / 'pictures'}")
+    return lines
+
+
 def heat_map(found: Sensitivity) -> list[Text]:
-    """Lines to print: for every group a map of predicted losses, layer by layer, and its scale."""
+    """Lines to print: for every group a map of predicted losses, layer by layer, and its scale. Empty for the scores
+    of a prune step, which predict no loss."""
+    if found.measured is None:
+        return []
     blocks = []
     if "heads" in found.groups:
         blocks.append(_heads(found))
     blocks += [_curve(found, name) for name in found.groups if name != "heads"]
     beside = sum(len(block[0]) + 3 for block in blocks) + 6 <= WIDTH
-    rows = [range(found.layer_count)]
     lines: list[Text] = []
     for part in [blocks] if beside else [[block] for block in blocks]:
         lines.append(Text("layer ").append(Text("   ").join(block[0] for block in part)))
-        for layer in rows[0]:
+        for layer in range(found.layer_count):
             lines.append(Text(f"{layer:>5} ").append(Text("   ").join(block[1 + layer] for block in part)))
         lines += [block[-1] for block in part]
     return lines
@@ -54,9 +72,8 @@ def _heads(found: Sensitivity) -> list[Text]:
     width = max(len(rows[0]), 5)
     for row in rows:
         row.pad_right(width - len(row))
-    title = "heads"
     told = f"heads: nats a token without each head, others refitted; {_told(scale)}"
-    return [Text(title.ljust(width)), *rows, Text(told)]
+    return [Text("heads".ljust(width)), *rows, Text(told)]
 
 
 def _curve(found: Sensitivity, group: str) -> list[Text]:
