@@ -32,14 +32,15 @@ Full = Callable[[int, str, torch.Tensor], None]  # layer, group, [hidden, hidden
 def gradients(
     stream: Stream,
     ids: torch.Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Sequence[Group]],
     wanted: Collection[Statistic],
     *,
     scratch: Path | None = None,
     progress: Progress | None = None,
     full: Full | None = None,
 ) -> Found:
-    """The `wanted` statistics of every layer and group for the windows `ids` [N, L], float32 in the machine's memory.
+    """The `wanted` statistics of every layer, for its own `groups`, on the windows `ids` [N, L]: float32, in the
+    machine's memory.
 
     taylor [units]: sum over all weights w that the unit owns (the group's cuts, biases among them) of |w dS/dw| / T.
     fisher [units]: mean over the windows of (dL_n / dm_u)^2, L_n the window's mean loss, m_u = 1 a factor of the unit's
@@ -74,7 +75,7 @@ def _backward(
     stream: Stream,
     tape: Tape,
     gradient: torch.Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Sequence[Group]],
     wanted: Collection[Statistic],
     full: Full | None,
     found: Found,
@@ -85,7 +86,7 @@ def _backward(
     batch = max(1, BATCH_TOKENS // length)
     for index in reversed(range(stream.layers)):
         with stream.layer(index) as layer:
-            sums = _Layer(stream, layer, hidden, groups, wanted, full is not None)
+            sums = _Layer(stream, layer, hidden, groups[index], wanted, full is not None)
             for start in range(0, windows, batch):
                 stop = min(start + batch, windows)
                 inputs = tape.read(index, start, stop).to(stream.device)

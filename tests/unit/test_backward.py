@@ -45,10 +45,11 @@ def windows(count: int = 5, length: int = 24) -> torch.Tensor:
     return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(0))
 
 
-def groups_of(folder: Path) -> tuple[Group, ...]:
+def groups_of(folder: Path) -> list[tuple[Group, ...]]:
     header = read_header(folder)
     family = family_of(header)
-    return family.groups(family.sizes(header), header.text_config)
+    sizes = family.sizes(header)
+    return [family.groups(sizes, header.text_config)] * sizes.layers
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def found(folder: Path, ids: torch.Tensor, **more: Any) -> Found:
 def by_autograd(folder: Path, ids: torch.Tensor) -> tuple[Found, dict[tuple[int, str], torch.Tensor]]:
     """The same by the definitions, window by window, with the whole stock model; and every E[g g^T]."""
     stock, header = load(folder), read_header(folder)
-    family, groups = family_of(header), groups_of(folder)
+    family, groups = family_of(header), groups_of(folder)[0]
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     layers = [stock.get_submodule(family.prefix(index)[:-1]) for index in range(family.sizes(header).layers)]
     weights = {
@@ -208,6 +209,17 @@ def test_only_what_is_wanted_is_gathered(models: Path) -> None:
         for got, expected in zip(alone, every, strict=True):
             for group, kinds in expected.items():
                 assert got[group].keys() == {kind} and torch.equal(got[group][kind], kinds[kind])
+
+
+def test_every_layer_has_its_own_groups(models: Path) -> None:
+    folder = model(models, "llama")
+    heads, ffn = groups_of(folder)[0]
+    every = found(folder, windows())
+    with streamed(folder) as stream:
+        some = gradients(stream, windows(), [[ffn], [], [heads]], GRADIENTS)
+    assert [list(layer) for layer in some] == [["ffn"], [], ["heads"]]
+    for got, expected in ((some[0]["ffn"], every[0]["ffn"]), (some[2]["heads"], every[2]["heads"])):
+        assert all(torch.equal(got[kind], expected[kind]) for kind in GRADIENTS)
 
 
 def test_in_bfloat16_it_is_nearly_the_same(models: Path) -> None:
