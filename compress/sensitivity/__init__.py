@@ -108,9 +108,11 @@ class Sensitivity:
         influence 1 - cos(input, output), angular distance arccos / pi, both means over the tokens. Of the group:
         mean square of its output, relative to the layer's input; predicted rise of the loss without it, nats a token.
         """
-        return optional("pandas").DataFrame(
-            [self._row(layer, group) for layer in range(self.layer_count) for group in self.groups]
-        )
+        names: tuple[str, ...] = ("influence", "angular_distance", "energy", "loss_without")
+        if not self.measured:
+            names = ("kept", "removed", "removed_cost", "error", "error_without_refit")
+        rows = [self._row(layer, group) for layer in range(self.layer_count) for group in self.groups]
+        return optional("pandas").DataFrame(rows, columns=("layer", "group", "units", *names))
 
     def _row(self, layer: int, group: str) -> dict[str, Any]:
         entry, cost = self.about["layers"][layer], self.cost[layer, group]

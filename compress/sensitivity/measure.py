@@ -91,7 +91,12 @@ def measure(
     needs = CRITERIA[settings.criterion].needs
     some = ids[: settings.gradient_samples]
     slopes = gradients(
-        stream, some, groups, (needs & GRADIENTS) | {"output_fisher"}, scratch=scratch, progress=progress
+        stream,
+        some,
+        [groups] * stream.layers,
+        (needs & GRADIENTS) | {"output_fisher"},
+        scratch=scratch,
+        progress=progress,
     )
     hidden = stream.embed(ids)
     tensors: Tensors = {}

@@ -18,11 +18,11 @@ from compress.errors import UserError
 UNITS = {"heads": (4, 2, 8), "ffn": (16, 16, 1)}  # units, balance, width
 
 
-def write(folder: Path, layers: int = 2) -> Path:
+def write(folder: Path, layers: int = 2, groups: dict[str, tuple[int, int, int]] = UNITS) -> Path:
     """A small folder by hand: costs ascend with the unit, each unit loses as much as its number."""
     tensors: dict[str, Any] = {}
     for layer in range(layers):
-        for name, (units, _, _) in UNITS.items():
+        for name, (units, _, _) in groups.items():
             prefix, removed = f"layers.{layer}.{name}", np.arange(0, units, units // 4, dtype=np.int32)
             tensors[f"{prefix}.cost"] = np.arange(units, dtype=np.float32)
             tensors[f"{prefix}.order"] = np.arange(units, dtype=np.int32)
@@ -31,15 +31,15 @@ def write(folder: Path, layers: int = 2) -> Path:
             tensors[f"{prefix}.curve.loss"] = removed.astype(np.float64) * (layer + 1)
             tensors[f"{prefix}.curve.error"] = removed / units
         for kind in ("cost", "loss"):
-            tensors[f"layers.{layer}.kv.{kind}"] = np.ones(2)
+            tensors[f"layers.{layer}.kv.{kind}"] = np.ones(groups["heads"][0] // groups["heads"][1])
     folder.mkdir(parents=True)
     save_file(tensors, folder / TENSORS)
     about = {
         "format": 1,
         "model": {"digest": "0" * 64},
         "criterion": "obs",
-        "groups": {name: dict(zip(("units", "balance", "width"), sizes, strict=True)) for name, sizes in UNITS.items()},
-        "layers": [{"groups": {name: {} for name in UNITS}} for _ in range(layers)],
+        "groups": {name: dict(zip(("units", "balance", "width"), sizes, strict=True)) for name, sizes in groups.items()},
+        "layers": [{"groups": {name: {} for name in groups}} for _ in range(layers)],
     }
     seal(folder, about)
     return folder
