@@ -21,6 +21,7 @@ from compress.arch import Family, Sizes, family_of
 from compress.check import check_source
 from compress.checkpoint.digests import ahead, model_digest, model_files
 from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.per_layer import one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.source import Source, locate
 from compress.checkpoint.writer import disk_errors, sync
@@ -126,7 +127,7 @@ def _write(asked: _Asked, work: Path, machine: Machine, started: float, progress
 
 def _document(asked: _Asked, found: Measured, tokens: Tokens, tensors: bytes, machine: Machine) -> dict[str, Any]:
     """sensitivity.json."""
-    groups = asked.family.groups(asked.sizes, asked.header.text_config)
+    groups = [asked.family.groups(sizes, asked.header.text_config) for sizes in asked.family.layers(asked.header)]
     count = int(tokens.ids.size)
     return {
         "format": FORMAT,
@@ -156,12 +157,12 @@ def _document(asked: _Asked, found: Measured, tokens: Tokens, tensors: bytes, ma
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
         "groups": {
             g.name: {
-                "units": g.units,
-                "balance": g.balance,
+                "units": one_or_each([each[index].units for each in groups]),
+                "balance": one_or_each([each[index].balance for each in groups]),
                 "width": g.width,
-                "tokens_per_column": count / (g.units * g.width),
+                "tokens_per_column": count / max(each[index].units * g.width for each in groups),
             }
-            for g in groups
+            for index, g in enumerate(groups[0])
         },
         "layers": found.layers,
     }

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from compress.curves import DOCUMENT, Curves, read_curves
+from compress.checkpoint.per_layer import span
+from compress.curves import DOCUMENT, Curves, each, read_curves
 from compress.errors import UserError, did_you_mean
 from compress.sensitivity.outcome import Outcome, outcome
 from compress.sensitivity.read import Floats, Ints, Key, read_scores
@@ -25,6 +26,8 @@ from compress.sensitivity.read import Floats, Ints, Key, read_scores
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+Counts = tuple[int, ...]  # one a layer
 
 
 def optional(module: str) -> ModuleType:
@@ -57,8 +60,10 @@ class Sensitivity:
     measured: Curves | None = None
 
     def __repr__(self) -> str:
-        kept = {} if self.measured else {name: size["keep"] for name, size in self.about["groups"].items()}
-        sizes = [f"{name} {self._size(name)[0]}" + (f" -> {kept[name]}" if kept else "") for name in self.groups]
+        sizes = []
+        for name in self.groups:
+            kept = [len(self.keep[layer, name]) for layer in range(self.layer_count)] if not self.measured else None
+            sizes.append(f"{name} {span(self._size(name)[0])}" + (f" -> {span(kept)}" if kept else ""))
         parts = [self.criterion, f"{self.layer_count} layers", *sizes]
         return f"Sensitivity({self.step}: {', '.join(parts)})"
 
@@ -90,7 +95,7 @@ class Sensitivity:
             cost = self.cost[layer, group]
             unit = np.arange(len(cost))
             rank = np.empty_like(unit)
-            rank[removal_order(self.order[layer, group], balance)] = unit
+            rank[removal_order(self.order[layer, group], balance[layer])] = unit
             more = self.measured.unit_loss if self.measured else None
             last = np.isin(unit, self.keep[layer, group]) if more is None else more[layer, group]
             columns.append([np.full_like(unit, layer), unit, cost, rank, last])
@@ -136,7 +141,9 @@ class Sensitivity:
         columns: list[list[npt.NDArray[Any]]] = []
         for layer in range(self.layer_count):
             one = curves[layer, group]
-            columns.append([np.full_like(one.removed, layer), one.removed, one.removed / units, one.loss, one.error])
+            columns.append(
+                [np.full_like(one.removed, layer), one.removed, one.removed / units[layer], one.loss, one.error]
+            )
         return _frame(("layer", "gone", "removed", "loss", "error"), columns)
 
     def kv_groups(self) -> pd.DataFrame:
@@ -156,7 +163,7 @@ class Sensitivity:
         for group, count in keep.items():
             units = self._size(group)[0]
             counts = [count] * self.layer_count if isinstance(count, int) else count
-            total += sum(curves[layer, group].at(units - one) for layer, one in enumerate(counts))
+            total += sum(curves[layer, group].at(units[layer] - one) for layer, one in enumerate(counts))
         return total
 
     def curve(self, group: str) -> pd.DataFrame:
@@ -169,7 +176,7 @@ class Sensitivity:
         columns: list[list[npt.NDArray[Any]]] = []
         for layer in range(self.layer_count):
             cost = self.cost[layer, group]
-            order = removal_order(self.order[layer, group], balance)
+            order = removal_order(self.order[layer, group], balance[layer])
             gone = np.arange(len(cost) + 1)
             summed = np.concatenate([[0.0], np.cumsum(cost[order])])
             share = summed / summed[-1] if summed[-1] > 0 else np.full(len(gone), np.nan)
@@ -221,10 +228,10 @@ class Sensitivity:
             makers["cut"] = self.plot_cut
         return [path for name, make in makers.items() for path in _figure("save", make(), folder, name)]
 
-    def balance(self, group: str) -> int:
+    def balance(self, group: str, layer: int = 0) -> int:
         """Units of one balance block, which loses as many as every other: the query heads of one KV head; for the FFN
         all neurons of the layer."""
-        return self._size(group)[1]
+        return self._size(group)[1][layer]
 
     def _measured(self) -> Curves:
         if self.measured is None:
@@ -234,12 +241,16 @@ class Sensitivity:
             )
         return self.measured
 
-    def _sizes(self) -> dict[str, tuple[int, int]]:
-        """(units, balance) of the groups that were scored."""
-        described = self.about["groups"]
-        return {name: (size["units"], size["balance"]) for name, size in described.items() if (0, name) in self.cost}
+    def _sizes(self) -> dict[str, tuple[Counts, Counts]]:
+        """(units, balance) of the groups that were scored, each layer by layer."""
+        found: dict[str, tuple[Counts, Counts]] = {}
+        for name, size in self.about["groups"].items():
+            units, balance = (each(size[key], self.layer_count) for key in ("units", "balance"))
+            if (0, name) in self.cost and units and balance:
+                found[name] = units, balance
+        return found
 
-    def _size(self, group: str) -> tuple[int, int]:
+    def _size(self, group: str) -> tuple[Counts, Counts]:
         sizes = self._sizes()
         if group not in sizes:
             known = group in self.about["groups"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from compress.checkpoint.per_layer import span
 from compress.errors import UserError
 from compress.sensitivity import Sensitivity, removal_order
 from compress.sensitivity.read import Ints
@@ -26,14 +27,17 @@ def compare(first: Sensitivity, second: Sensitivity, share: float) -> list[dict[
     if not groups:
         raise UserError(f"{first.step} and {second.step} scored no group that the other did")
     for name in groups:
-        sizes = [(one.layer_count, len(one.cost[0, name]), one.balance(name)) for one in (first, second)]
+        sizes = [[len(one.cost[layer, name]) for layer in range(one.layer_count)] for one in (first, second)]
         if sizes[0] != sizes[1]:
-            told = " and ".join(f"{layers} layers of {units} {name}" for layers, units, _ in sizes)
+            told = " and ".join(f"{len(units)} layers of {span(units)} {name}" for units in sizes)
             raise UserError(f"{first.step} and {second.step} cannot be compared: {told}")
     return [
-        {"layer": layer, "group": name, **_pair(first.order[layer, name], second.order[layer, name], balance, share)}
+        {
+            "layer": layer,
+            "group": name,
+            **_pair(first.order[layer, name], second.order[layer, name], first.balance(name, layer), share),
+        }
         for name in groups
-        for balance in [first.balance(name)]
         for layer in range(first.layer_count)
     ]
 

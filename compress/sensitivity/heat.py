@@ -58,20 +58,21 @@ def _heads(found: Sensitivity) -> list[Text]:
     measured = found.measured
     assert measured is not None
     balance = found.balance("heads")
-    cells = np.stack([measured.unit_loss[layer, "heads"] for layer in range(found.layer_count)])
-    scale = _scale(cells)
-    gap = 1 if cells.shape[1] // balance * (balance + 1) <= WIDTH - 6 else 0  # between KV groups
+    cells = [measured.unit_loss[layer, "heads"] for layer in range(found.layer_count)]
+    scale = _scale(np.concatenate(cells))
+    most = max(map(len, cells))
+    gap = most // balance * (balance + 1) <= WIDTH - 6  # between KV groups
     rows = []
-    for row in cells:
+    for layer, row in enumerate(cells):
         line = Text()
         for unit, value in enumerate(row):
-            if gap and unit and unit % balance == 0:
+            if gap and unit and unit % found.balance("heads", layer) == 0:
                 line.append(" ")
             line.append_text(_shade(float(value), scale))
         rows.append(line)
-    width = max(len(rows[0]), 5)
-    for row in rows:
-        row.pad_right(width - len(row))
+    width = max(5, *map(len, rows))
+    for line in rows:
+        line.pad_right(width - len(line))
     told = f"heads: nats a token without each head, others refitted; {_told(scale)}"
     return [Text("heads".ljust(width)), *rows, Text(told)]
 
@@ -81,7 +82,10 @@ def _curve(found: Sensitivity, group: str) -> list[Text]:
     assert measured is not None
     units = measured.groups[group].units
     cells = np.array(
-        [[measured.curves[layer, group].at(share * units) for share in SHARES] for layer in range(found.layer_count)]
+        [
+            [measured.curves[layer, group].at(share * units[layer]) for share in SHARES]
+            for layer in range(found.layer_count)
+        ]
     )
     scale = _scale(cells)
     columns = [f"{share:.0%}".rjust(4) for share in SHARES]
@@ -97,11 +101,11 @@ def _curve(found: Sensitivity, group: str) -> list[Text]:
 
 
 def _scale(cells: Floats) -> tuple[float, float]:
-    """Least and most of a logarithmic scale: DECADES at most below the largest."""
+    """Least and most of a logarithmic scale: DECADES at most below the largest, and a few of the least outside it."""
     top = float(cells.max())
     if top <= 0:
         return 1e-4, 1.0
-    return max(float(cells[cells > 0].min()), top / 10**DECADES), top
+    return max(float(np.quantile(cells[cells > 0], 0.02)), top / 10**DECADES), top
 
 
 def _shade(value: float, scale: tuple[float, float], wide: int = 1) -> Text:

@@ -87,13 +87,14 @@ def measure(
     dtype, why = compute_dtype(reader.header.dtype, reader.device)
     stream = Stream(reader, family, dtype=dtype)
     progress.note(f"layers run in {why}")
-    groups = family.groups(family.sizes(reader.header), reader.header.text_config)
+    config = reader.header.text_config
+    groups = [family.groups(sizes, config) for sizes in family.layers(reader.header)]
     needs = CRITERIA[settings.criterion].needs
     some = ids[: settings.gradient_samples]
     slopes = gradients(
         stream,
         some,
-        [groups] * stream.layers,
+        groups,
         (needs & GRADIENTS) | {"output_fisher"},
         scratch=scratch,
         progress=progress,
@@ -103,7 +104,9 @@ def measure(
     layers: list[dict[str, Any]] = []
     with progress.task("measuring layers", stream.layers) as task:
         for index in range(stream.layers):
-            found = _Layer(reader, stream, groups, index, settings).measure(hidden, slopes[index], needs - GRADIENTS)
+            found = _Layer(reader, stream, groups[index], index, settings).measure(
+                hidden, slopes[index], needs - GRADIENTS
+            )
             tensors |= found.tensors
             layers += found.layers
             task.advance()

@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from compress.checkpoint.per_layer import span
+
 if TYPE_CHECKING:
     from compress.sensitivity import Sensitivity
     from compress.sensitivity.outcome import Outcome
@@ -46,15 +48,16 @@ def heads(found: Sensitivity) -> Figure:
     value = "loss" if found.measured else "cost"
     cells = frame.pivot(index="unit", columns="layer", values=value).to_numpy()  # [heads, layers]
     if not found.measured:
-        totals = cells.sum(0, keepdims=True)
+        totals = np.nansum(cells, 0, keepdims=True)
         cells = np.divide(cells, totals, out=np.zeros_like(cells), where=totals > 0)
     units, layers = cells.shape
     cell = min(0.42, 16 / max(layers, units))  # inches
     figure = Picture(figsize=(max(6.4, cell * layers + 2.2), max(2.6, cell * units + 1.5)), layout="constrained")
     axes = figure.subplots()
-    norm = _log_norm(cells) if found.measured else Normalize(0, float(cells.max()) or 1)
+    norm = _log_norm(cells) if found.measured else Normalize(0, float(np.nanmax(cells)) or 1)
     image = axes.imshow(cells, cmap=CMAP, aspect="auto", norm=norm, interpolation="nearest")
-    for edge in range(found.balance("heads"), units, found.balance("heads")):
+    blocks = {found.balance("heads", layer) for layer in range(layers)}
+    for edge in range(found.balance("heads"), units, found.balance("heads")) if len(blocks) == 1 else ():
         axes.axhline(edge - 0.5, color="white", linewidth=2.5)  # between KV groups
     _whole_ticks(axes.xaxis, layers)
     _whole_ticks(axes.yaxis, units)
@@ -218,11 +221,11 @@ def cut(found: Sensitivity) -> Figure:
 
 
 def _log_norm(cells: Any) -> LogNorm:
-    """A log scale over four decades at most: below, all is as good as nothing."""
-    top = float(cells.max())
+    """A log scale over four decades at most, and a few of the least below it: one dead head would take half of it."""
+    top = float(np.nanmax(cells))
     if top <= 0:
         return LogNorm(1e-4, 1)
-    return LogNorm(max(float(cells[cells > 0].min()), top / 10**4), top)
+    return LogNorm(max(float(np.quantile(cells[cells > 0], 0.02)), top / 10**4), top)
 
 
 def _name_outliers(axes: Axes, middles: Mapping[int, float], above: bool = False) -> None:
@@ -233,7 +236,8 @@ def _name_outliers(axes: Axes, middles: Mapping[int, float], above: bool = False
     else:
         far = sorted((cost, layer) for layer, cost in middles.items() if 0 < cost < median / 3)
     for cost, layer in far[:4]:
-        axes.annotate(f"layer {layer}", (0.5, cost), xytext=(8, -9), textcoords="offset points", fontsize=8)
+        place = {"xytext": (-2, 6), "ha": "right"} if above else {"xytext": (8, -9)}
+        axes.annotate(f"layer {layer}", (0.5, cost), textcoords="offset points", fontsize=8, **place)
 
 
 def _share_panel(axes: Axes, part: Any, group: str) -> None:
@@ -241,8 +245,8 @@ def _share_panel(axes: Axes, part: Any, group: str) -> None:
     axes.step(part.layer, part.removed, where="mid", color="0.2", linewidth=1.2, linestyle="--", label="of the units")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(0, 1.45 * float(np.nanmax([part.removed.max(), part.removed_cost.max()])))
-    row = part.iloc[0]
-    axes.set_title(f"{NAMES.get(group, group)}: {row.units} -> {row.kept} in every layer", fontsize=10)
+    sizes = f"{span(part.units.tolist())} -> {span(part.kept.tolist())}"
+    axes.set_title(f"{NAMES.get(group, group)}: {sizes} in every layer", fontsize=10)
     axes.legend(loc="upper right", fontsize=8, ncols=2, frameon=False)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.checkpoint.headers import read_json
+from compress.curves import each
 from compress.errors import UserError, did_you_mean
 
 Ints = npt.NDArray[np.int64]
@@ -17,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 Key = tuple[int, str]  # (layer, group)
 
 KINDS = ("cost", "order", "keep")
-COUNTS = ("units", "keep", "balance")
+COUNTS = ("units", "keep", "balance")  # of a group: one number, or one a layer
 
 
 def read_scores(folder: Path, step: str | None) -> tuple[str, dict[str, Any], dict[str, dict[Key, Any]]]:
@@ -46,9 +47,9 @@ def _read_about(path: Path) -> dict[str, Any]:
     fine = (
         isinstance(about.get("criterion"), str)
         and isinstance(groups, dict)
-        and all(_positive_counts(size) for size in groups.values())
         and isinstance(layers, list)
         and layers
+        and all(_positive_counts(size, len(layers)) for size in groups.values())
         and all(isinstance(entry, dict) and _described(entry.get("groups"), groups) for entry in layers)
         and all(entry["groups"].keys() == layers[0]["groups"].keys() for entry in layers)
     )
@@ -57,8 +58,8 @@ def _read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def _positive_counts(size: Any) -> bool:
-    return isinstance(size, dict) and all(type(size.get(key)) is int and size[key] > 0 for key in COUNTS)
+def _positive_counts(size: Any, layers: int) -> bool:
+    return isinstance(size, dict) and all(each(size.get(key), layers) is not None for key in COUNTS)
 
 
 def _described(entry: Any, groups: Mapping[str, Any]) -> bool:
@@ -83,15 +84,16 @@ def _read_scores(path: Path, about: Mapping[str, Any]) -> dict[str, dict[Key, An
                     raise UserError(f"{path}: tensor '{name}' is missing")
                 found[kind][layer, group] = tensors[name].astype(np.float64 if kind == "cost" else np.int64)
             cost, order, keep = (found[kind][layer, group] for kind in KINDS)
-            wrong = _wrong(cost, order, keep, about["groups"][group])
+            units = each(about["groups"][group]["units"], len(about["layers"]))
+            assert units is not None  # _read_about has looked
+            wrong = _wrong(cost, order, keep, units[layer])
             if wrong:
                 raise UserError(f"{path}: layers.{layer}.{group}: {wrong}")
     return found
 
 
-def _wrong(cost: Floats, order: Ints, keep: Ints, size: Mapping[str, int]) -> str | None:
+def _wrong(cost: Floats, order: Ints, keep: Ints, units: int) -> str | None:
     """What contradicts importance.json, or makes no sense; None when all is well."""
-    units = size["units"]
     if cost.shape != (units,):
         return f"{list(cost.shape)} costs, importance.json says {units} units"
     if not np.isfinite(cost).all():

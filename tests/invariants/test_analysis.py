@@ -190,7 +190,16 @@ def test_predicted_beside_measured(
 
 
 def test_compare(source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["sensitivity", str(source), "-o", str(tmp_path / "r"), "--criterion", "random", "--no-pictures", *FLAGS]
+    arguments = [
+        "sensitivity",
+        str(source),
+        "-o",
+        str(tmp_path / "r"),
+        "--criterion",
+        "random",
+        "--no-pictures",
+        *FLAGS,
+    ]
     assert main(arguments) == 0
     assert main(["sensitivity", "--compare", str(folder), str(folder), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

@@ -38,7 +38,9 @@ def write(folder: Path, layers: int = 2, groups: dict[str, tuple[int, int, int]]
         "format": 1,
         "model": {"digest": "0" * 64},
         "criterion": "obs",
-        "groups": {name: dict(zip(("units", "balance", "width"), sizes, strict=True)) for name, sizes in groups.items()},
+        "groups": {
+            name: dict(zip(("units", "balance", "width"), sizes, strict=True)) for name, sizes in groups.items()
+        },
         "layers": [{"groups": {name: {} for name in groups}} for _ in range(layers)],
     }
     seal(folder, about)
@@ -59,7 +61,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     curve = found.curves[1, "ffn"]
     assert curve.removed.tolist() == [0, 4, 8, 12] and curve.loss.tolist() == [0, 8, 16, 24]
     assert curve.at(6) == 12 and curve.at(0) == 0
-    assert found.order[0, "heads"].dtype == np.int64 and found.groups["heads"].balance == 2
+    assert found.order[0, "heads"].dtype == np.int64 and found.groups["heads"].balance == (2, 2)
 
 
 def test_the_digest_is_of_both_files(tmp_path: Path) -> None:

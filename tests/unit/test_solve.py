@@ -254,13 +254,17 @@ def test_one_factor_gives_the_error_of_every_leading_cut(double_up_to: int, monk
         keep = sorted(going[count:].tolist())
         refitted = refit(problem.weight, problem.hessian, torch.tensor(keep), problem.ridge)
         full = embedded(refitted.weight.double().numpy(), keep, 24)
-        assert np.allclose(error, (((full - problem.w) @ problem.x.T) ** 2).mean(1), rtol=2e-3, atol=1e-4 * energy.max())
+        assert np.allclose(
+            error, (((full - problem.w) @ problem.x.T) ** 2).mean(1), rtol=2e-3, atol=1e-4 * energy.max()
+        )
         assert float(error.sum() / found.energy.sum()) == pytest.approx(refitted.error, rel=2e-3, abs=1e-5)
     assert errors[0].max() == 0
 
 
 @pytest.mark.parametrize("width", [1, 4])
-def test_the_error_without_a_unit_is_that_of_the_refit_of_all_others(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_a_unit_is_that_of_the_refit_of_all_others(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(solve, "ALONE", 8)  # several parts
     problem, importance = Problem(24, seed=6), torch.rand(6, generator=torch.Generator().manual_seed(0))
     owned = torch.arange(24).view(-1, width)
