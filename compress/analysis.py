@@ -39,7 +39,7 @@ from compress.plan import check_shapes
 from compress.receipt import LIBRARIES, measured_host, own_version
 from compress.sensitivity import Sensitivity, load_sensitivity, optional
 from compress.sensitivity.measure import Measured, Settings, measure
-from compress.steps.prune.options import SensitivityOptions
+from compress.steps.prune.measuring import SensitivityOptions
 from compress.steps.sampling import authors_of
 
 

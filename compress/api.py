@@ -195,7 +195,7 @@ def measure_sensitivity(
     `data` is the calibration text, as in `prune`. Options: criterion, damping, gradient_samples (windows of the
     backward pass), pictures. Raises UserError for wrong input, MachineError where memory or disk are too small.
     """
-    from compress.steps.prune.options import SensitivityOptions
+    from compress.steps.prune.measuring import SensitivityOptions
 
     _check_names("measure_sensitivity", options, SensitivityOptions.model_fields)
     try:

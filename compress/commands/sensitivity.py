@@ -10,7 +10,7 @@ import typer
 from compress.commands.options import DataFlags, MachineFlags, ScreenFlags, flat
 from compress.errors import UserError
 from compress.report import Screen
-from compress.steps.prune.options import SensitivityOptions
+from compress.steps.prune.measuring import SensitivityOptions
 
 EXAMPLE = "autoglm-compress sensitivity demo:smollm2-135m -o out/sensitivity"
 _OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}

@@ -87,7 +87,7 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def ranked(criterion: Criterion, view: GroupView, damping: float) -> Ranking:
+def ranking_of(criterion: Criterion, view: GroupView, damping: float) -> Ranking:
     """The criterion's ranking; UserError when a cost is no number, because then their order means nothing."""
     import torch
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from compress.arch import Family, Group
 from compress.checkpoint.reader import Reader
-from compress.criteria import CRITERIA, Ranking, ranked
+from compress.criteria import CRITERIA, Ranking, ranking_of
 from compress.errors import UserError
 from compress.machine import Progress
 from compress.sensitivity import removal_order
@@ -145,7 +145,7 @@ class _Layer:
             what = f"layer {self.index} {group.name}"
             seed = (self.settings.seed, self.index, *group.name.encode())
             seen = view(weights, group, statistics, what, seed)
-            ranking = ranked(CRITERIA[self.settings.criterion], seen, self.settings.damping)
+            ranking = ranking_of(CRITERIA[self.settings.criterion], seen, self.settings.damping)
             arrays, numbers = self._group(group, seen.reader, hessian, ranking, statistics["output_fisher"])
             numbered[group.name] = numbers | {"energy": numbers["energy"] / max(flow.mean_square, 1e-30)}
             tensors |= {f"layers.{self.index}.{name}": value.cpu().contiguous() for name, value in arrays.items()}

@@ -1,4 +1,4 @@
-"""Options of the prune step, and of the analysis that ranks as it does."""
+"""Options of the prune step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from compress.arch import FLAVOURS
 from compress.criteria import CRITERIA
+from compress.limits import DAMPINGS
 from compress.steps.types import StepOptions, one_of
 
 NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
@@ -85,18 +86,11 @@ class PruneOptions(StepOptions):
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."
     )
-
-
-class SensitivityOptions(StepOptions):
-    """How units are ranked, and what is predicted of cuts."""
-
-    criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
-        "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
+    held_out: Share | None = Field(
+        None,
+        description="Share of the calibration windows that are kept back to choose the damping of each refit on, from "
+        f"{DAMPINGS[0]} to {DAMPINGS[-1]}; the refit itself then sees all of them.",
     )
-    damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
-        0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."
+    force: bool = Field(
+        False, description="Prune even with fewer calibration tokens than a refitted matrix has columns."
     )
-    gradient_samples: Annotated[int, Field(gt=0)] = Field(
-        16, description="Calibration windows of the backward pass, which weighs outputs by what the loss says of them."
-    )
-    pictures: bool = Field(True, description="Draw pictures (PNG and SVG), which needs the extra `notebook`.")
