@@ -12,6 +12,7 @@ from compress.checkpoint.layout import files_bytes
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keeps, Layer, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -40,7 +41,10 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
-    decoder = Decoder(layers, measure)
+    by_hand = fixed_by_hand(options, layers, complain)
+    if by_hand is None:
+        return None
+    decoder = Decoder(layers, measure, by_hand.units)
     resolved = resolve(options, decoder, complain)
     if resolved is None:
         return None
@@ -68,6 +72,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
+            *by_hand.notes,
             *chosen,
             *_label_notes(family, family_of(after), why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
