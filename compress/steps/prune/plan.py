@@ -74,7 +74,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *by_hand.notes,
             *chosen,
-            *_label_notes(family, family_of(after), why),
+            *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *_refit_note(options, decoder, keep, context),
         ),
@@ -129,13 +129,14 @@ def _label(
     return found
 
 
-def _label_notes(before: Family, after: Family, why: str) -> list[str]:
+def _label_notes(before: Family, result: Header, why: str) -> list[str]:
     """Under which label the result stands and why, and who loads it, where that is not plain."""
+    after = family_of(result)
     notes = [f"written as {after.model_type}, because {why}"] if why else []
     if after.rope != before.rope:
         notes.append(f"the rotary rows of every head in q_proj and k_proj go from {before.rope} to {after.rope}")
     if why or after.stock is not None:
-        notes.append(f"loaded by {' and '.join(after.loaders)}")
+        notes.append(f"loaded by {' and '.join(after.loaders_of(result.config))}")
     return notes
 
 
