@@ -225,7 +225,7 @@ def _loading(plan: PrunePlan) -> dict[str, Any]:
         "model_type": family.model_type,
         "rope_layout": family.rope,
         "stock_transformers": family.stock is None,
-        "loaded_by": list(family.loaders),
+        "loaded_by": list(family.loaders_of(plan.after.config)),
         "trust_remote_code": is_per_layer(plan.after.config),
     }
 
