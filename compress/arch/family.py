@@ -133,6 +133,12 @@ class Family:
         found = [] if self.stock is not None else [f"stock transformers ({self.architecture})"]
         return (*found, *([f"vLLM ({self.vllm})"] if self.vllm else []))
 
+    def loaders_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Who loads a checkpoint of this config: where layers differ, stock transformers with the folder's own code."""
+        if not per_layer.is_per_layer(config):
+            return self.loaders
+        return (f"stock transformers with trust_remote_code=True ({per_layer.PREFIX}{self.architecture})",)
+
     def label(self, config: Mapping[str, Any], sizes: Sizes, flavour: str) -> tuple[Rewrite | None, str]:
         """The label for a checkpoint with fewer heads, `sizes`, and why it is another one; or None, and why none fits.
 

@@ -13,6 +13,7 @@ from compress.criteria import CRITERIA
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keeps, Layer, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -41,7 +42,10 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
-    decoder = Decoder(layers, measure)
+    by_hand = fixed_by_hand(options, layers, complain)
+    if by_hand is None:
+        return None
+    decoder = Decoder(layers, measure, by_hand.units)
     resolved = resolve(options, decoder, complain)
     if resolved is None:
         return None
@@ -69,8 +73,9 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
+            *by_hand.notes,
             *chosen,
-            *_label_notes(family, family_of(after), why),
+            *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *_refit_note(options, decoder, keep, context, complain),
         ),
@@ -125,13 +130,14 @@ def _label(
     return found
 
 
-def _label_notes(before: Family, after: Family, why: str) -> list[str]:
+def _label_notes(before: Family, result: Header, why: str) -> list[str]:
     """Under which label the result stands and why, and who loads it, where that is not plain."""
+    after = family_of(result)
     notes = [f"written as {after.model_type}, because {why}"] if why else []
     if after.rope != before.rope:
         notes.append(f"the rotary rows of every head in q_proj and k_proj go from {before.rope} to {after.rope}")
     if why or after.stock is not None:
-        notes.append(f"loaded by {' and '.join(after.loaders)}")
+        notes.append(f"loaded by {' and '.join(after.loaders_of(result.config))}")
     return notes
 
 
