@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.arch import Family, family_of
-from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.headers import DTYPE_BYTES, Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.source import Source, locate
 from compress.data import BUILTIN, TOKENIZERS, DataSpec, Part, check, sources
@@ -45,6 +45,11 @@ class Plan:
     memory: int | None
     disk: int | None
 
+    @property
+    def kv_cache(self) -> tuple[int, int]:
+        """Bytes that keys and values take a token, before the first step and after the last."""
+        return _kv_cache(self.before), _kv_cache(self.steps[-1].after)
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         found: dict[str, Any] = {
@@ -68,6 +73,8 @@ class Plan:
             "options": step.options.model_dump(mode="json", exclude_none=True),
             "ffn": [before.ffn, after.ffn],
             "heads": [before.heads, after.heads],
+            "layers": [before.layers, after.layers],
+            "kv_cache_bytes": [_kv_cache(step.before), _kv_cache(step.after)],
             "parameters": step.parameters,
             "bytes": step.nbytes,
             "notes": list(step.notes),
@@ -277,6 +284,11 @@ def _notes(recipe: Recipe) -> tuple[str, ...]:
             said = f"evaluation and {part} read the same text ({', '.join(same)})"
             notes.append(f"{said}: the result is judged on what it was made with")
     return tuple(notes)
+
+
+def _kv_cache(header: Header) -> int:
+    """Bytes that a checkpoint's keys and values take a token, in the dtype that it is stored in."""
+    return family_of(header).sizes(header).kv_cache(DTYPE_BYTES[header.dtype])
 
 
 def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:

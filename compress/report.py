@@ -189,6 +189,7 @@ class Screen(AbstractContextManager["Screen"]):
         for step in made.steps:
             for note in () if self._quiet else step.notes:
                 plain(self._out, f"  {step.kind}: {note}")
+        plain(self._out, f"KV cache: {' -> '.join(f'{each:,}' for each in made.kv_cache)} bytes a token")
         if made.memory is not None and made.disk is not None:
             plain(self._out, f"needs about {size(made.memory)} of memory and {size(made.disk)} of disk")
 
@@ -300,7 +301,8 @@ def how_to_load(folder: Path) -> str:
 def changes(step: StepPlan) -> str:
     """`FFN 1536 -> 1256, heads 9 -> 6`, or the options given when no shape changes."""
     before, after = (family_of(header).sizes(header) for header in (step.before, step.after))
-    pairs = (("FFN", before.ffn, after.ffn), ("heads", before.heads, after.heads))
+    names = {"FFN": "ffn", "heads": "heads", "KV heads": "kv_heads", "layers": "layers"}
+    pairs = [(name, getattr(before, key), getattr(after, key)) for name, key in names.items()]
     shapes = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     options = [f"{key} {value}" for key, value in step.options.model_dump(exclude_defaults=True).items()]
     return ", ".join(shapes or options) or "same shapes"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compress.checkpoint.headers import Header
 from compress.errors import UserError
+
+NO_LAYERS = ("_token_id", "_ids", "_tokens", "architectures")  # lists that may be as long as a model is deep
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Sizes:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    def kv_cache(self, width: int) -> int:
+        """Bytes that the keys and values of one token take in all layers, at `width` bytes a number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class Family:
     layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
     groups: what can be cut. refuse: a reason why planned sizes, beside the raw config, cannot be loaded by stock
     transformers, or None. rewrites: the labels under which it can be loaded then.
+    each_layer: the lists with one entry a layer that its class derives where the text config leaves them out.
     defaults: what its config class fills in for a missing num_key_value_heads (else as many as heads), head_dim (else
     hidden_size // heads) and tie_word_embeddings (else false).
     stock: for a family that stock transformers does not load, the rewrite under which its classes compute the same.
@@ -119,6 +126,7 @@ class Family:
     rewrites: tuple[Rewrite, ...] = ()
     stock: Rewrite | None = None
     vllm: str | None = None
+    each_layer: Callable[[Mapping[str, Any]], dict[str, list[Any]]] = lambda config: {}
     defaults: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -198,11 +206,23 @@ class Family:
         """The tensor that the output matrix is read from: the embedding when the two are tied."""
         return f"{self.text}.embed_tokens.weight" if self.sizes(header).tied else f"{self.head}.weight"
 
-    def shallow(self, header: Header, layers: int) -> dict[str, Any]:
-        """The raw config with the first `layers` decoder layers only, and what it says of each layer cut to them."""
+    def shallow(self, header: Header, layers: Sequence[int]) -> dict[str, Any]:
+        """The raw config with the decoder layers `layers` only, ascending, and of its lists with one entry a layer
+        those entries."""
         deep, text = self.sizes(header).layers, header.text_config
-        each = {key: said[:layers] for key, said in text.items() if isinstance(said, list) and len(said) == deep}
-        return self.with_units(header.config, {"num_hidden_layers": layers, **each})
+        lists = self.each_layer(text) | _layer_lists(text, deep)
+        each = {key: [said[index] for index in layers] for key, said in lists.items()}
+        return self.with_units(header.config, {"num_hidden_layers": len(layers), **each})
+
+    def with_lists(self, header: Header, found: Mapping[str, Any]) -> Header:
+        """`header`, planned, with the lists of one entry a layer that the raw config `found` of as many layers has.
+
+        Which layers go is found when a step runs; until then the lists of the plans behind it are of the right length
+        only.
+        """
+        deep, text = self.sizes(header).layers, Header(config=found, tensors={}, locations={}).text_config
+        lists = _layer_lists(text, deep) if text.get("num_hidden_layers") == deep else {}
+        return replace(header, config=self.with_units(header.config, lists)) if lists else header
 
     def with_units(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the raw config with text sizes changed (`{"intermediate_size": 1128}`)."""
@@ -212,6 +232,15 @@ class Family:
         else:
             new.update(changes)
         return new
+
+
+def _layer_lists(text: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
+    """What a text config says of each of its layers (`layer_types`, `no_rope_layers`): its lists of that length."""
+    return {
+        key: said
+        for key, said in text.items()
+        if isinstance(said, list) and len(said) == layers and not key.endswith(NO_LAYERS)
+    }
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -49,7 +49,7 @@ class Sensitivity:
 
     `about` is its importance.json. `cost`, `order`, `keep` map (layer, group) to arrays: the cost of each unit
     [units], in the criterion's own measure; the units in the order of the ranking [units]; the units that stayed
-    [kept], ascending. Groups that were not cut are not scored.
+    [kept], ascending. Groups that were not cut are not scored, nor are those of a layer that went as a whole.
     """
 
     step: str
@@ -86,7 +86,7 @@ class Sensitivity:
         """
         _, _, balance = self._size(group)
         columns: list[list[npt.NDArray[Any]]] = []
-        for layer in range(self.layer_count):
+        for layer in self._scored(group):
             cost = self.cost[layer, group]
             unit = np.arange(len(cost))
             rank = np.empty_like(unit)
@@ -103,7 +103,7 @@ class Sensitivity:
         """
         rows = []
         for layer, entry in enumerate(self.about["layers"]):
-            for group in self.groups:
+            for group in entry["groups"]:
                 cost, keep = self.cost[layer, group], self.keep[layer, group]
                 total = float(cost.sum())
                 errors = {key: _number(entry["groups"][group].get(key)) for key in ("error", "error_without_refit")}
@@ -123,7 +123,7 @@ class Sensitivity:
         """
         _, _, balance = self._size(group)
         columns: list[list[npt.NDArray[Any]]] = []
-        for layer in range(self.layer_count):
+        for layer in self._scored(group):
             cost = self.cost[layer, group]
             order = removal_order(self.order[layer, group], balance)
             gone = np.arange(len(cost) + 1)
@@ -163,8 +163,12 @@ class Sensitivity:
         return {
             name: (size["units"], size["keep"], size["balance"])
             for name, size in described.items()
-            if (0, name) in self.cost
+            if self._scored(name)
         }
+
+    def _scored(self, group: str) -> list[int]:
+        """The layers whose units were ranked: all, but for those that went as a whole."""
+        return [layer for layer in range(self.layer_count) if (layer, group) in self.cost]
 
     def _size(self, group: str) -> tuple[int, int, int]:
         sizes = self._sizes()
@@ -222,7 +226,7 @@ def _read_about(path: Path) -> dict[str, Any]:
         and isinstance(layers, list)
         and layers
         and all(isinstance(entry, dict) and _described(entry.get("groups"), groups) for entry in layers)
-        and all(entry["groups"].keys() == layers[0]["groups"].keys() for entry in layers)
+        and len({frozenset(entry["groups"]) for entry in layers if entry["groups"]}) <= 1
     )
     if not fine:
         raise UserError(f"{path}: not what a prune step writes (criterion, groups, layers)")

@@ -39,7 +39,8 @@ class Picture(Figure):
 def heads(found: Sensitivity) -> Figure:
     """Layers across, heads down; colour is the head's share of its layer's summed cost, a cross is a head that went."""
     frame = found.units("heads")
-    cost = frame.pivot(index="unit", columns="layer", values="cost").to_numpy()  # [heads, layers]
+    table = frame.pivot(index="unit", columns="layer", values="cost").reindex(columns=range(found.layer_count))
+    cost = np.nan_to_num(table.to_numpy())  # [heads, layers]; a layer that went as a whole has none
     totals = cost.sum(0, keepdims=True)
     share = np.divide(cost, totals, out=np.zeros_like(cost), where=totals > 0)
     units, layers = share.shape

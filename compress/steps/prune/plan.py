@@ -10,7 +10,7 @@ from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
-from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keep, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -18,10 +18,12 @@ from compress.steps.types import Complain, PlanContext, StepPlan
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan(StepPlan):
-    """`keep`: units that stay in every layer, by group name. `removed`: share of the decoder layers' attention + FFN
-    matrix parameters that goes. The families of `before` and `after` may differ (Family.rewrites)."""
+    """`keep`: units that stay in every layer, by group name. `layers`: how many layers stay; which ones is found when
+    the step runs, and until then `after` stands for any of them. `removed`: share of the decoder layers' attention +
+    FFN matrix parameters that goes. The families of `before` and `after` may differ (Family.rewrites)."""
 
     keep: Keep
+    layers: int
     removed: float
 
 
@@ -34,11 +36,15 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     sizes = family.sizes(before)
     groups = {group.name: group for group in family.groups(sizes, before.text_config)}
 
+    layers = _layers(before, family, options, complain)
+    if layers is None:
+        return None
+
     def measure(keep: Keep) -> tuple[int, int]:
-        cut = _cut(before, family, groups, keep)
+        cut = _cut(before, family, groups, keep, layers)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
-    decoder = Decoder(sizes, groups, family.layer(sizes, before.text_config), measure)
+    decoder = Decoder(sizes, layers, groups, family.layer(sizes, before.text_config), measure)
     resolved = resolve(options, decoder, complain)
     if resolved is None:
         return None
@@ -47,9 +53,9 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     if label is None:
         return None
     rewrite, why = label
-    cut = _cut(before, family, groups, keep)
+    cut = _cut(before, family, groups, keep, layers)
     after = cut.planned(rewrite.config(cut.config), cut.tensors.values())
-    share = decoder.removed(keep) / decoder.matrix_parameters
+    share = decoder.share(keep)
     parameters, nbytes = measure(keep)
     return PrunePlan(
         kind="prune",
@@ -58,17 +64,44 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, context, before),
+        memory=_memory(sizes, context, before, layers),
         scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *chosen,
+            *_layer_notes(options, sizes.layers, layers),
             *_label_notes(family, family_of(after), why),
             *_refit_note(options, sizes, keep, context),
         ),
         keep=keep,
+        layers=layers,
         removed=share,
     )
+
+
+def _layers(before: Header, family: Family, options: PruneOptions, complain: Complain) -> int | None:
+    """How many decoder layers stay; None after a complaint."""
+    deep, keep = family.sizes(before).layers, options.keep_layers
+    if keep is None or keep == deep:
+        return deep
+    if keep > deep:
+        complain("keep_layers", f"{keep} layers cannot stay: the model has {deep}")
+        return None
+    first, inside = family.prefix(0), f"{family.text}.layers."
+    for name, spec in before.tensors.items():  # any layer may take the place of any other
+        if name.startswith(inside):
+            like = before.tensors.get(first + name.removeprefix(inside).partition(".")[2])
+            if like is not None and like.dtype != spec.dtype:
+                complain("keep_layers", f"tensor '{name}' is {spec.dtype}, that of layer 0 is {like.dtype}")
+                return None
+    return keep
+
+
+def _layer_notes(options: PruneOptions, deep: int, layers: int) -> list[str]:
+    if layers == deep:
+        return []
+    how = f"which ones is found in a forward pass of its own over the calibration ({options.layer_criterion})"
+    return [f"{layers} of {deep} decoder layers stay; {how}"]
 
 
 def cut_shape(shape: tuple[int, ...], name: str, group: Group, keep: int) -> tuple[int, ...]:
@@ -104,11 +137,12 @@ def _label_notes(before: Family, after: Family, why: str) -> list[str]:
     return notes
 
 
-def _cut(before: Header, family: Family, groups: Mapping[str, Group], keep: Keep) -> Header:
-    """The header with the kept units alone, under the label it has."""
+def _cut(before: Header, family: Family, groups: Mapping[str, Group], keep: Keep, layers: int) -> Header:
+    """The header with the kept units of as many layers as stay, under the label it has."""
     sizes = family.sizes(before)
-    tensors = dict(before.tensors)
-    for index in range(sizes.layers):
+    gone = tuple(family.prefix(index) for index in range(layers, sizes.layers))
+    tensors = {name: spec for name, spec in before.tensors.items() if not name.startswith(gone)}
+    for index in range(layers):
         prefix = family.prefix(index)
         for group in groups.values():
             for name in {cut.tensor for cut in group.cuts}:
@@ -125,11 +159,13 @@ def _cut(before: Header, family: Family, groups: Mapping[str, Group], keep: Keep
             "num_key_value_heads": sizes.kv_heads,
             "head_dim": sizes.head_dim,
         }
-    return before.planned(family.with_units(before.config, changes), tensors.values())
+    config = before.config if layers == sizes.layers else family.shallow(before, range(layers))
+    return before.planned(family.with_units(config, changes), tensors.values())
 
 
-def _memory(sizes: Sizes, context: PlanContext, before: Header) -> int:
-    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch."""
+def _memory(sizes: Sizes, context: PlanContext, before: Header, layers: int) -> int:
+    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; or what
+    the choice of layers holds of their inputs."""
     data = context.data["calibration"]
     tokens = _tokens(context)
     layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(family_of(before).prefix(0)))
@@ -138,7 +174,8 @@ def _memory(sizes: Sizes, context: PlanContext, before: Header) -> int:
     solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
-    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary)
+    depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
+    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary, depth)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
 
@@ -151,7 +188,8 @@ def _tokens(context: PlanContext) -> int:
 def _refit_note(options: PruneOptions, sizes: Sizes, keep: Keep, context: PlanContext) -> list[str]:
     data = context.data["calibration"]
     widest = max((n for n, kept in ((sizes.ffn, keep["ffn"]), (sizes.heads * sizes.head_dim, 0)) if kept != n))
-    if not options.refit or data.samples is None:
+    cut = keep["ffn"] != sizes.ffn or keep["heads"] != sizes.heads
+    if not options.refit or not cut or data.samples is None:
         return []
     per_column = data.samples * data.length / widest
     note = f"refit: {per_column:.1f} calibration tokens per column"

@@ -25,6 +25,7 @@ from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import cut_error, damping_vector, refit
 from compress.steps.prune import scores
+from compress.steps.prune.depth import Depth, find_depth, settled
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.prune.scores import Chosen
@@ -39,35 +40,38 @@ PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 def run(job: Job) -> Outcome:
     """Prune `job.source` into `job.target`, in the format of `job.pack` if a quantize step is done with it."""
-    plan = cast(PrunePlan, job.plan)
-    options = cast(PruneOptions, plan.options)
     tokens = windows(job.data["calibration"], "calibration", job.source, job.seed, progress=job.progress)
     job.progress.note(tokens.note)
     ids = torch.from_numpy(tokens.ids)
-    after = plan.after if job.pack is None else job.pack.after
+    before, tensors = job.plan.before, (job.pack or job.plan).after.tensors.values()
     with (
-        Reader(job.source, plan.before) as reader,
-        Reader(job.source, plan.before, device_of(job.machine)) as streamed,
-        Writer(job.target, after.tensors.values(), job.shard_bytes, keep=job.ledger is not None) as writer,
+        Reader(job.source, before) as reader,
+        Reader(job.source, before, device_of(job.machine)) as streamed,
+        Writer(job.target, tensors, job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
-        pruner = _Pruner(job, plan, options, reader, streamed, writer)
+        depth = find_depth(job, streamed, ids)
+        job = settled(job, depth)
+        plan = cast(PrunePlan, job.plan)
+        options = cast(PruneOptions, plan.options)
+        pruner = _Pruner(job, plan, options, depth, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         logits = pruner.run(ids, probe_ids)
-        writer.config(after.config, job.source)
+        writer.config((job.pack or plan).after.config, job.source)
         writer.carry(job.source)
-        document = scores.document(job, plan, options, pruner.chosen, tokens.digest)
-        tensors = _saved(scores.tensors(pruner.chosen))
+        document = scores.document(job, plan, options, pruner.chosen, tokens.digest, depth)
+        importance = _saved(scores.tensors(pruner.chosen))
         folder = f"sensitivity/{job.name or job.target.name}"
-        writer.file(f"{folder}/importance.safetensors", tensors)
+        writer.file(f"{folder}/importance.safetensors", importance)
         writer.text(f"{folder}/importance.json", json.dumps(document, indent=1) + "\n")
     receipt = {
         "keep": dict(plan.keep),
+        **({} if depth is None else {"layers": depth.document()}),
         "removed": plan.removed,
         **_loading(plan),
         "precision": pruner.why,
         "calibration": {**tokens.record, "tokens": int(ids.numel())},
-        "importance_sha256": hashlib.sha256(tensors).hexdigest(),
+        "importance_sha256": hashlib.sha256(importance).hexdigest(),
         "relative_output_error": scores.errors(pruner.chosen),
     }
     packed: tuple[dict[str, Any], ...] = ()
@@ -85,9 +89,16 @@ class _Pruner:
     """
 
     def __init__(
-        self, job: Job, plan: PrunePlan, options: PruneOptions, reader: Reader, streamed: Reader, writer: Writer
+        self,
+        job: Job,
+        plan: PrunePlan,
+        options: PruneOptions,
+        depth: Depth | None,
+        reader: Reader,
+        streamed: Reader,
+        writer: Writer,
     ) -> None:
-        self.job, self.plan, self.options = job, plan, options
+        self.job, self.plan, self.options, self.depth = job, plan, options, depth
         self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[options.criterion]
         self.rank = self.criterion.load()
@@ -114,32 +125,39 @@ class _Pruner:
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
         """All layers, and what lies outside them; returns the probe's logits [B, L, vocab]."""
         hidden, probe = self._begin(ids, probe_ids)
-        layers = self.before.layers
-        with self.job.progress.task("pruning layers", layers) as task:
-            task.advance(len(self.chosen))
-            for index in range(len(self.chosen), layers):
-                tensors = self._layer(index, hidden)
-                for name, value in tensors.items():
-                    self.packer.put(self.job.family.prefix(index) + name, value.cpu())
-                if hidden is not None and index + 1 < layers:
-                    with self.after.layer_from(index, tensors) as layer:
-                        self.after.advance(layer, hidden)
-                with self.probe.layer(index) as layer:
-                    self.probe.advance(layer, probe)
-                self.packer.release()
-                self._save(hidden, probe)
+        layers = range(self.before.layers) if self.depth is None else self.depth.kept
+        with self.job.progress.task("pruning layers", len(layers)) as task:
+            for index, source in enumerate(layers):
+                if source >= len(self.chosen):
+                    self.chosen += [{} for _ in range(len(self.chosen), source)]  # layers that go
+                    self._finish(index, self._layer(source, hidden), hidden, probe)
                 task.advance()
-        done = {self.job.family.prefix(index) + name for index in range(layers) for name in self.names}
+        self.chosen += [{} for _ in range(len(self.chosen), self.before.layers)]
+        done = {self.job.family.prefix(index) + name for index in range(len(layers)) for name in self.names}
         for name in self.plan.after.tensors:
             if name not in done:
                 self.packer.take(self.reader, name, hold=False)
         return self.probe.head_logits(self.probe.norm(probe))
 
+    def _finish(
+        self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor | None, probe: torch.Tensor
+    ) -> None:
+        """Write layer `index` of the result, and pass on through it what goes into the next one."""
+        for name, value in tensors.items():
+            self.packer.put(self.job.family.prefix(index) + name, value.cpu())
+        if hidden is not None and index + 1 < self.plan.layers:
+            with self.after.layer_from(index, tensors) as layer:
+                self.after.advance(layer, hidden)
+        with self.probe.layer(index) as layer:
+            self.probe.advance(layer, probe)
+        self.packer.release()
+        self._save(hidden, probe)
+
     def _begin(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Hidden states [N, L, hidden] of the calibration (None when nothing is gathered) and of the probe, before the
         first layer that is not done: those an earlier run has left, else the embeddings."""
         state = None if self.job.ledger is None else self.job.ledger.load()
-        if state is None or not self.writer.kept:
+        if state is None or "errors" not in state.facts or not self.writer.kept:
             return (self.before.embed(ids) if self.wanted else None), self.probe.embed(probe_ids)
         facts, tensors = state.facts, state.tensors
         self.chosen = scores.restored(tensors, facts["errors"])
@@ -158,6 +176,7 @@ class _Pruner:
             tensors["hidden"] = hidden
         written = sorted(self.writer.written)
         facts = {"errors": scores.errors(self.chosen), "written": written, "packed": self.packer.state()}
+        facts["depth"] = None if self.depth is None else self.depth.document()
         self.job.ledger.save(facts, tensors)
 
     def _layer(self, index: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from compress.criteria import CRITERIA, Ranking
+from compress.steps.prune.depth import Depth
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.types import Job
@@ -64,8 +65,10 @@ def _restored(found: Mapping[str, torch.Tensor], prefix: str, said: Mapping[str,
     return Chosen(ranking, found[f"{prefix}.keep"].long(), said["error"], said["error_without_refit"])
 
 
-def document(job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, digest: str) -> dict[str, Any]:
-    """importance.json. `digest`: of the calibration text."""
+def document(
+    job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, digest: str, depth: Depth | None
+) -> dict[str, Any]:
+    """importance.json. `digest`: of the calibration text; `depth`: which layers stayed. One that went has no groups."""
     groups = job.family.groups(job.family.sizes(plan.before), plan.before.text_config)
     return {
         "criterion": options.criterion,
@@ -74,5 +77,6 @@ def document(job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, d
         "refit": options.refit,
         "calibration_sha256": digest,
         "groups": {g.name: {"units": g.units, "keep": plan.keep[g.name], "balance": g.balance} for g in groups},
+        **({} if depth is None else {"depth": depth.document()}),
         "layers": [{"layer": index, "groups": said} for index, said in enumerate(errors(chosen))],
     }

@@ -15,6 +15,7 @@ WIDE = 2048  # hidden size from which FFN widths are multiples of 256 (GGUF K-qu
 WITHIN = 0.015  # a target is met when the largest reachable size is at most this share below it
 SHARES = ("ratio", "ffn", "heads")
 EXACT = ("keep_ffn", "keep_heads")
+WHOLE = ("keep_layers",)  # counted beside the shares
 TARGETS = ("params", "bytes")
 WIDTHS = ("ratio", "ffn", "keep_ffn", *TARGETS)  # each says how wide the FFN becomes
 
@@ -23,10 +24,11 @@ Keep = Mapping[str, int]  # group -> units that stay in every layer
 
 @dataclass(frozen=True)
 class Decoder:
-    """What is cut: its sizes, its groups by name, the shapes of one layer, and `measure`: what would be left of the
-    whole model, parameters and bytes of its weight files."""
+    """What is cut: its sizes, its groups by name, the shapes of one layer, how many layers stay, and `measure`: what
+    would be left of the whole model, parameters and bytes of its weight files."""
 
     sizes: Sizes
+    layers: int
     groups: Mapping[str, Group]
     shapes: Mapping[str, tuple[int, ...]]
     measure: Callable[[Keep], tuple[int, int]]
@@ -40,6 +42,11 @@ class Decoder:
         """Matrix parameters that go from one layer."""
         return sum((g.units - keep[name]) * g.parameters_per_unit(self.shapes) for name, g in self.groups.items())
 
+    def share(self, keep: Keep) -> float:
+        """Share of all decoder layers' matrix parameters that goes, with the layers that go."""
+        stays = self.matrix_parameters - self.removed(keep)
+        return 1 - self.layers * stays / (self.sizes.layers * self.matrix_parameters)
+
 
 def width_multiple(hidden: int) -> int:
     """FFN widths that are not given exactly are multiples of this."""
@@ -48,9 +55,9 @@ def width_multiple(hidden: int) -> int:
 
 def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tuple[Keep, tuple[str, ...]] | None:
     """The units that stay, and how a width was chosen; None after a complaint."""
-    given = [key for key in (*SHARES, *EXACT, *TARGETS) if getattr(options, key) is not None]
+    given = [key for key in (*SHARES, *EXACT, *WHOLE, *TARGETS) if getattr(options, key) is not None]
     if not given:
-        complain("", "nothing to prune: give ratio, ffn, heads, keep_ffn, keep_heads, params or bytes")
+        complain("", f"nothing to prune: give one of {', '.join((*SHARES, *EXACT, *WHOLE, *TARGETS))}")
         return None
     clash = _clash(given)
     if clash is not None:
@@ -124,11 +131,15 @@ def _ffn(options: PruneOptions, decoder: Decoder, heads: int, refuse: Complain) 
     if options.ffn is not None:
         wanted, key = (1 - options.ffn) * sizes.ffn, "ffn"
     elif options.ratio is not None:
-        by_heads = decoder.removed({"heads": heads, "ffn": sizes.ffn})
-        rest = options.ratio * whole - by_heads
+        without = {"heads": heads, "ffn": sizes.ffn}
+        share = decoder.share(without)
+        rest = (options.ratio - share) * whole * sizes.layers / decoder.layers
         if rest < 0:
-            share = by_heads / whole
-            refuse("ratio", f"the heads alone remove {share:.4f}; ratio must be at least that, found {options.ratio}")
+            gone = [
+                name for name, left in (("heads", heads), ("layers", decoder.layers)) if left < getattr(sizes, name)
+            ]
+            alone = f"the {' and '.join(gone)} alone remove {share:.4f}"
+            refuse("ratio", f"{alone}; ratio must be at least that, found {options.ratio}")
             return None
         wanted, key = sizes.ffn - rest / decoder.groups["ffn"].parameters_per_unit(decoder.shapes), "ratio"
     else:
@@ -136,7 +147,7 @@ def _ffn(options: PruneOptions, decoder: Decoder, heads: int, refuse: Complain) 
     multiple, found = width_multiple(sizes.hidden), getattr(options, key)
     width = round(wanted / multiple) * multiple
     if width >= sizes.ffn:
-        if heads < sizes.heads:
+        if heads < sizes.heads or decoder.layers < sizes.layers:
             return sizes.ffn
         refuse(key, f"{found} removes nothing: FFN widths are multiples of {multiple} below {sizes.ffn}")
         return None
@@ -167,11 +178,12 @@ def _to_target(
         return f"FFN {width}: {parameters:,} parameters" + (f", {nbytes:,} bytes" if key == "bytes" else "")
 
     at = bisect_right(widths, limit, key=size) - 1
+    left = f"{heads} heads" + (f" in {decoder.layers} layers" if decoder.layers < sizes.layers else "")
     if at < 0:
-        refuse(key, f"{limit:,} cannot be reached: the smallest that {heads} heads leave is {told(widths[0])}")
+        refuse(key, f"{limit:,} cannot be reached: the smallest that {left} leave is {told(widths[0])}")
         return None
     width = widths[at]
-    if width == sizes.ffn and heads == sizes.heads:
+    if width == sizes.ffn and heads == sizes.heads and decoder.layers == sizes.layers:
         refuse(key, f"{limit:,} removes nothing: the model stays within it as it is ({told(width)})")
         return None
     around = [told(near) for near in (*widths[max(at - 1, 0) : at], *widths[at + 1 : at + 2])]
@@ -179,8 +191,7 @@ def _to_target(
         above = f"; the next is {told(widths[at + 1])}" if at + 1 < len(widths) else ""
         refuse(
             key,
-            f"{limit:,} is more than {WITHIN:.1%} away: the largest that {heads} heads reach below it is "
-            f"{told(width)}{above}",
+            f"{limit:,} is more than {WITHIN:.1%} away: the largest that {left} reach below it is {told(width)}{above}",
         )
         return None
     neighbours = f"; its neighbours are {' and '.join(around)}" if around else ""
