@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from compress.checkpoint.demo import cache_folder
+from compress.checkpoint.headers import read_header
 from compress.errors import MachineError
 
 WORTH_REMEMBERING = 2**20  # bytes
@@ -45,6 +47,17 @@ def digest(path: Path) -> str:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
             _remember(memo, found)
     return found
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What a checkpoint computes with: config.json and its weights. Raises UserError where they cannot be read."""
+    return sorted({folder / "config.json", *(place.file for place in read_header(folder).locations.values())})
+
+
+def model_digest(folder: Path) -> str:
+    """Hex sha256 of what a checkpoint computes: config.json and its weights, by name and content."""
+    said = json.dumps([(file.name, digest(file)) for file in model_files(folder)])
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def ahead(paths: Iterable[Path]) -> None:

@@ -172,9 +172,16 @@ class Stream:
         for start in range(0, len(hidden), batch):
             part = hidden[start : start + batch]
             here = part.to(self.device)
-            out = layer(here, attention_mask=None, position_embeddings=self._positions(here), use_cache=False)
+            out = self.through(layer, here)
             if keep:
-                part.copy_(out if isinstance(out, torch.Tensor) else out[0])
+                part.copy_(out)
+
+    def through(self, layer: nn.Module, here: torch.Tensor) -> torch.Tensor:
+        """What a layer makes of one batch [n, L, hidden] that is where the layer is; with a graph where torch makes
+        one."""
+        out = layer(here, attention_mask=None, position_embeddings=self._positions(here), use_cache=False)
+        found: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
+        return found
 
     def _positions(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin as the stock model computes them for text without padding."""
@@ -198,12 +205,17 @@ class Stream:
     @torch.no_grad()
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The decoder's last norm, in place, batch by batch."""
-        norm = self.text.get_submodule("norm")
-        assign(norm, "weight", self.reader.tensor(f"{self.family.text}.norm.weight", self.dtype))
+        norm = self.last_norm()
         batch = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), batch):
             hidden[start : start + batch] = norm(hidden[start : start + batch].to(self.device))
         return hidden
+
+    def last_norm(self) -> nn.Module:
+        """The decoder's last norm, filled from disk."""
+        norm = self.text.get_submodule("norm")
+        assign(norm, "weight", self.reader.tensor(f"{self.family.text}.norm.weight", self.dtype))
+        return norm
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

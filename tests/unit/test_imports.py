@@ -35,7 +35,7 @@ LAYERS = (
     ("steps",),
     ("criteria", "losses", "formats"),
     ("stream", "solve"),
-    ("complaints", "data", "arch"),
+    ("complaints", "data", "arch", "curves"),
     ("checkpoint", "recipe_yaml", "signatures"),
     ("device",),
     ("errors", "limits", "machine"),
@@ -74,9 +74,11 @@ HEAVY = {
     "compress.steps.prune.surgery",
     "compress.steps.quantize.run",
     "compress.stream.arranged",
+    "compress.stream.backward",
     "compress.stream.forward",
     "compress.stream.statistics",
     "compress.stream.stock",
+    "compress.stream.tape",
 }
 LIBRARIES = {"torch", "transformers", "accelerate", "bitsandbytes", "datasets", "matplotlib", "pandas"}
 
