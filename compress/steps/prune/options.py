@@ -57,6 +57,9 @@ LAYER_CRITERIA = {  # how decoder layers are chosen: name -> paper; compress/ste
 }
 
 
+KV_MERGES = ("mean", "aligned", "drop")
+
+
 class PruneOptions(StepOptions):
     """Remove query heads, FFN neurons and decoder layers; refit what reads the units."""
 
@@ -73,6 +76,15 @@ class PruneOptions(StepOptions):
     keep_heads: Count | None = Field(None, description="Query heads to keep in every layer, exactly.")
     keep_layers: Count | None = Field(
         None, description="Decoder layers to keep, exactly; ratio and the targets count what goes with the others."
+    )
+    keep_kv_heads: Count | None = Field(
+        None,
+        description="KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped.",
+    )
+    kv_merge: Annotated[str, *one_of("way to merge KV heads", KV_MERGES)] = Field(
+        "aligned",
+        description="What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best common "
+        "head) or drop (the least costly go, with their query heads).",
     )
     layer_criterion: Annotated[str, *one_of("layer criterion", LAYER_CRITERIA)] = Field(
         "angular",

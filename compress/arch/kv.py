@@ -1,0 +1,43 @@
+"""KV heads as units that can go: the rows of k and v of a layer, fused with q or not. Torch-free.
+
+`Family.groups` does not hold them: no one criterion ranks them, and query heads follow them (steps/prune/kv.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+from compress.arch.family import QKV, QKV_FUSED, Cut, Family, Group, Sizes
+from compress.arch.rope import rotary_rows
+from compress.checkpoint.headers import Header
+
+KV_HEADS = "kv_heads"
+K_NORM = "self_attn.k_norm.weight"  # a norm over each head's keys, before they rotate
+
+
+def kv_heads(sizes: Sizes, names: Container[str]) -> Group:
+    """The KV heads of a layer that has the tensors `names`: rows of k, then of v, and their biases."""
+    d = sizes.head_dim
+    if f"{QKV_FUSED}.weight" in names:
+        first = sizes.heads * d
+        rows = {QKV_FUSED: (first, first + sizes.kv_heads * d)}
+    else:
+        rows = {name: (0,) for name in QKV[1:]}
+    cuts = [
+        Cut(f"{name}.{kind}", 0, offset, d)
+        for kind in ("weight", "bias")
+        for name, offsets in rows.items()
+        if f"{name}.{kind}" in names
+        for offset in offsets
+    ]
+    return Group(KV_HEADS, sizes.kv_heads, "self_attn.o_proj", d, tuple(cuts), "num_key_value_heads", 1)
+
+
+def rotating_rows(family: Family, header: Header, layer: int) -> int:
+    """How many rows of a head rotate in `layer`: some layers of a smollm3 leave the rotary embedding aside."""
+    text: Mapping[str, Any] = header.text_config
+    told = {**text, **family.each_layer(text)}.get("no_rope_layers")  # 1: it rotates, whatever the key is called
+    if isinstance(told, list) and layer < len(told) and not told[layer]:
+        return 0
+    return rotary_rows(family.sizes(header), text)
