@@ -19,17 +19,14 @@ K_NORM = "self_attn.k_norm.weight"  # a norm over each head's keys, before they 
 def kv_heads(sizes: Sizes, names: Container[str]) -> Group:
     """The KV heads of a layer that has the tensors `names`: rows of k, then of v, and their biases."""
     d = sizes.head_dim
-    if f"{QKV_FUSED}.weight" in names:
-        first = sizes.heads * d
-        rows = {QKV_FUSED: (first, first + sizes.kv_heads * d)}
-    else:
-        rows = {name: (0,) for name in QKV[1:]}
+    fused = f"{QKV_FUSED}.weight" in names
+    first = sizes.heads * d
+    rows = [(QKV_FUSED, first), (QKV_FUSED, first + sizes.kv_heads * d)] if fused else [(name, 0) for name in QKV[1:]]
     cuts = [
         Cut(f"{name}.{kind}", 0, offset, d)
         for kind in ("weight", "bias")
-        for name, offsets in rows.items()
+        for name, offset in rows
         if f"{name}.{kind}" in names
-        for offset in offsets
     ]
     return Group(KV_HEADS, sizes.kv_heads, "self_attn.o_proj", d, tuple(cuts), "num_key_value_heads", 1)
 

@@ -56,7 +56,8 @@ def read_heads(tensors: Mapping[str, torch.Tensor], group: torch.Tensor, kv_head
     else:
         q, k, v = (rows(name) for name in QKV)
     out = tensors[f"{OUT}.weight"].float().unflatten(1, (-1, head_dim))
-    return Heads(*(part.unflatten(0, (-1, head_dim)) for part in (q, k, v)), out, group)
+    q, k, v = (part.unflatten(0, (-1, head_dim)) for part in (q, k, v))
+    return Heads(q, k, v, out, group)
 
 
 def write_heads(tensors: Mapping[str, torch.Tensor], heads: Heads) -> dict[str, torch.Tensor]:
@@ -178,12 +179,14 @@ def _gram(rows: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """E[y y^T] [g, d, g, d] of y = rows . x, rows [g, d, n]."""
     flat = rows.flatten(0, 1)
     found = (flat @ inputs @ flat.T).double()
-    return found.unflatten(1, rows.shape[:2]).unflatten(0, rows.shape[:2])
+    heads: torch.Tensor = found.unflatten(1, rows.shape[:2]).unflatten(0, rows.shape[:2])
+    return heads
 
 
 def _moments(rows: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """E[y y^T] [g, d, d] of each head alone."""
-    return ((rows @ inputs) @ rows.mT).double()
+    moments: torch.Tensor = (rows @ inputs) @ rows.mT
+    return moments.double()
 
 
 def rotating_pairs(
@@ -193,7 +196,8 @@ def rotating_pairs(
     if K_NORM in names:
         return None
     rows = torch.arange(rotating_rows(family, header, layer), device=device)
-    return rows.unflatten(0, (-1, 2)).T if family.rope == INTERLEAVED else rows.unflatten(0, (2, -1))
+    pairs: torch.Tensor = rows.view(-1, 2).T if family.rope == INTERLEAVED else rows.view(2, -1)
+    return pairs
 
 
 class _Enough(Exception):
@@ -211,7 +215,7 @@ class Merger:
         self.family, self.header, self.keep = family, header, keep
         self.method, self.refit, self.before, self.after = method, refit, before, after
         self.sizes = family.sizes(header)
-        self.reads = refit is not None or method == ALIGNED  # whether it looks at a text
+        self.looks = refit is not None or method == ALIGNED  # whether it looks at a text
 
     def merge(
         self,
@@ -280,7 +284,7 @@ class Merger:
         def wanted(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             del args
             bias = module.bias
-            last.append(out.float() - (0 if bias is None else bias.float()))
+            last.append(out.float() - bias.float() if isinstance(bias, torch.Tensor) else out.float())
             raise _Enough
 
         def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -304,8 +308,8 @@ class Merger:
         return refit_to(weight, gram, product, energy, damping_vector(gram, self.refit), f"layer {source} {OUT}")
 
 
-def _batches(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return hidden.split(max(1, BATCH_TOKENS // hidden.shape[1]))
+def _batches(hidden: torch.Tensor) -> list[torch.Tensor]:
+    return list(hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])))
 
 
 def _until_enough(stream: Stream, layer: nn.Module, hidden: torch.Tensor) -> None:

@@ -83,8 +83,8 @@ class PruneOptions(StepOptions):
     )
     kv_merge: Annotated[str, *one_of("way to merge KV heads", KV_MERGES)] = Field(
         "aligned",
-        description="What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best common "
-        "head) or drop (the least costly go, with their query heads).",
+        description="What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best "
+        "common head) or drop (the least costly go, with their query heads).",
     )
     layer_criterion: Annotated[str, *one_of("layer criterion", LAYER_CRITERIA)] = Field(
         "angular",

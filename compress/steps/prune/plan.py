@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
+from compress.arch.kv import KV_HEADS, kv_heads
+from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.widths import Decoder, Keep, resolve
+from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
+
+_NARROW = "stock transformers was not shown to load such a checkpoint of it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan(StepPlan):
-    """`keep`: units that stay in every layer, by group name. `layers`: how many layers stay; which ones is found when
-    the step runs, and until then `after` stands for any of them. `removed`: share of the decoder layers' attention +
-    FFN matrix parameters that goes. The families of `before` and `after` may differ (Family.rewrites)."""
+    """`keep`: units that stay, by group name, layer by layer of those that stay. Which layers stay is found when the
+    step runs, and until then `after` stands for any of them: where some go, all are alike. `removed`: share of the
+    decoder layers' attention + FFN matrix parameters that goes. The families of `before` and `after` may differ
+    (Family.rewrites)."""
 
-    keep: Keep
-    layers: int
+    keep: Keeps
     removed: float
+
+    @property
+    def layers(self) -> int:
+        """How many layers stay."""
+        return len(self.keep)
 
 
 def plan(before: Header, options: PruneOptions, context: PlanContext, complain: Complain) -> PrunePlan | None:
@@ -33,29 +42,33 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         complain("", "the model is already quantized; prune before quantizing")
         return None
     family = family_of(before)
-    sizes = family.sizes(before)
-    groups = {group.name: group for group in family.groups(sizes, before.text_config)}
-
-    layers = _layers(before, family, options, complain)
-    if layers is None:
+    whole = layers_of(before, family)
+    found = _layers_left(before, family, whole, options, complain)
+    if found is None:
         return None
+    layers, kv = found
 
-    def measure(keep: Keep) -> tuple[int, int]:
-        cut = _cut(before, family, groups, keep, layers)
+    def measure(keep: Keeps) -> tuple[int, int]:
+        cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
-    decoder = Decoder(sizes, layers, groups, family.layer(sizes, before.text_config), measure)
+    gone = sum(layer.matrix_parameters for layer in whole[len(layers) :])
+    decoder = Decoder(layers, measure, kv=kv, gone=gone)
     resolved = resolve(options, decoder, complain)
     if resolved is None:
         return None
     keep, chosen = resolved
-    label = _label(family, before, replace(sizes, heads=keep["heads"], ffn=keep["ffn"]), options, complain)
+    label = _label(family, before, layers, keep, options, complain)
     if label is None:
         return None
     rewrite, why = label
-    cut = _cut(before, family, groups, keep, layers)
-    after = cut.planned(rewrite.config(cut.config), cut.tensors.values())
-    share = decoder.share(keep)
+    cut = _cut(before, family, layers, keep)
+    after = cut.planned(per_layer.marked(rewrite.config(cut.config)), cut.tensors.values())
+    if per_layer.is_per_layer(after.config) and not family_of(after).layered:
+        complain("", f"layers of a {family_of(after).name} cannot differ in width; {_NARROW}")
+        return None
+    share = decoder.removed(keep) / decoder.matrix_parameters
+    sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
     return PrunePlan(
         kind="prune",
@@ -64,44 +77,78 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, context, before, layers),
+        memory=_memory(sizes, context, before, len(layers)),
         scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *chosen,
-            *_layer_notes(options, sizes.layers, layers),
+            *_whole_notes(options, whole, layers, kv),
             *_label_notes(family, family_of(after), why),
-            *_refit_note(options, sizes, keep, context),
+            *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
+            *_refit_note(options, decoder, keep, context),
         ),
         keep=keep,
-        layers=layers,
         removed=share,
     )
 
 
-def _layers(before: Header, family: Family, options: PruneOptions, complain: Complain) -> int | None:
-    """How many decoder layers stay; None after a complaint."""
-    deep, keep = family.sizes(before).layers, options.keep_layers
-    if keep is None or keep == deep:
-        return deep
-    if keep > deep:
-        complain("keep_layers", f"{keep} layers cannot stay: the model has {deep}")
+def _layers_left(
+    before: Header, family: Family, layers: tuple[Layer, ...], options: PruneOptions, complain: Complain
+) -> tuple[tuple[Layer, ...], dict[str, int]] | None:
+    """As many layers as stay, with KV heads as a group of theirs where fewer stay, and how many of those; None after a
+    complaint. The layers are the first ones, and stand for any."""
+    left = kv_heads_left(options, layers[0].sizes, complain)
+    keep = len(layers) if options.keep_layers is None else options.keep_layers
+    if keep > len(layers):
+        complain("keep_layers", f"{keep} layers cannot stay: the model has {len(layers)}")
         return None
+    if left is None:
+        return None
+    fewer = left < layers[0].sizes.kv_heads
+    for key, less in (("keep_layers", keep < len(layers)), ("keep_kv_heads", fewer)):
+        if less and len(set(map(id, layers))) > 1:
+            complain(key, "the layers of the model differ in width: it is for models whose layers are alike")
+            return None
+    if keep < len(layers) and (other := _another_dtype(before, family)):
+        complain("keep_layers", other)
+        return None
+    if fewer:
+        one = layers[0]
+        one = replace(one, groups={**one.groups, KV_HEADS: kv_heads(one.sizes, one.shapes)})
+        layers = (one,) * len(layers)
+    return layers[:keep], {KV_HEADS: left} if fewer else {}
+
+
+def _another_dtype(before: Header, family: Family) -> str | None:
+    """Why not any layer can take the place of any other: two are stored in different dtypes."""
     first, inside = family.prefix(0), f"{family.text}.layers."
-    for name, spec in before.tensors.items():  # any layer may take the place of any other
+    for name, spec in before.tensors.items():
         if name.startswith(inside):
             like = before.tensors.get(first + name.removeprefix(inside).partition(".")[2])
             if like is not None and like.dtype != spec.dtype:
-                complain("keep_layers", f"tensor '{name}' is {spec.dtype}, that of layer 0 is {like.dtype}")
-                return None
-    return keep
+                return f"tensor '{name}' is {spec.dtype}, that of layer 0 is {like.dtype}"
+    return None
 
 
-def _layer_notes(options: PruneOptions, deep: int, layers: int) -> list[str]:
-    if layers == deep:
-        return []
-    how = f"which ones is found in a forward pass of its own over the calibration ({options.layer_criterion})"
-    return [f"{layers} of {deep} decoder layers stay; {how}"]
+def _whole_notes(
+    options: PruneOptions, whole: Sequence[Layer], layers: Sequence[Layer], kv: Mapping[str, int]
+) -> list[str]:
+    """What becomes of layers and KV heads, of which fewer stay."""
+    notes = []
+    if len(layers) < len(whole):
+        how = f"which ones is found in a forward pass of its own over the calibration ({options.layer_criterion})"
+        notes.append(f"{len(layers)} of {len(whole)} decoder layers stay; {how}")
+    for left in kv.values():
+        heads = whole[0].sizes.kv_heads
+        notes.append(f"{left} of {heads} KV heads stay in every layer: {MERGED[options.kv_merge]}")
+    return notes
+
+
+MERGED = {
+    "mean": "those in a row are averaged",
+    "aligned": "those in a row become the one that best stands for them",
+    "drop": "the least costly go, with the query heads that read them",
+}
 
 
 def cut_shape(shape: tuple[int, ...], name: str, group: Group, keep: int) -> tuple[int, ...]:
@@ -113,18 +160,42 @@ def cut_shape(shape: tuple[int, ...], name: str, group: Group, keep: int) -> tup
     return tuple(new)
 
 
+def layers_of(header: Header, family: Family) -> tuple[Layer, ...]:
+    """What can be cut in every layer; layers of the same sizes are one object."""
+    config, sizes = header.text_config, family.layers(header)
+    made = {
+        own: Layer(own, {group.name: group for group in family.groups(own, config)}, family.layer(own, config))
+        for own in set(sizes)
+    }
+    return tuple(made[own] for own in sizes)
+
+
 def _label(
-    family: Family, before: Header, sizes: Sizes, options: PruneOptions, complain: Complain
+    family: Family,
+    before: Header,
+    layers: Sequence[Layer],
+    keep: Keeps,
+    options: PruneOptions,
+    complain: Complain,
 ) -> tuple[Rewrite, str] | None:
-    """The label under which `sizes` can be loaded, and why it is another one; None after a complaint."""
-    if sizes.heads == family.sizes(before).heads:
-        return SAME, ""
-    rewrite, why = family.label(before.config, sizes, options.flavour)
-    if rewrite is None:
-        key = "heads" if options.heads is not None else "keep_heads"
-        complain("flavour" if any(r.flavour for r in family.rewrites) else key, why)
-        return None
-    return rewrite, why
+    """The label under which every layer can be loaded, and why it is another one; None after a complaint."""
+    found = SAME, ""
+    seen = {
+        replace(layer.sizes, heads=each["heads"], kv_heads=each.get(KV_HEADS, layer.sizes.kv_heads)): layer.sizes
+        for layer, each in zip(layers, keep, strict=True)
+    }
+    for sizes, whole in seen.items():
+        if (sizes.heads, sizes.kv_heads) == (whole.heads, whole.kv_heads):
+            continue
+        rewrite, why = family.label(before.config, sizes, options.flavour)
+        if rewrite is None:
+            given = [key for key in ("heads", "keep_heads", "keep_kv_heads") if getattr(options, key) is not None]
+            key = given[0] if given else "keep_heads"
+            complain("flavour" if any(r.flavour for r in family.rewrites) else key, why)
+            return None
+        if rewrite is not SAME:
+            found = rewrite, why
+    return found
 
 
 def _label_notes(before: Family, after: Family, why: str) -> list[str]:
@@ -137,45 +208,53 @@ def _label_notes(before: Family, after: Family, why: str) -> list[str]:
     return notes
 
 
-def _cut(before: Header, family: Family, groups: Mapping[str, Group], keep: Keep, layers: int) -> Header:
-    """The header with the kept units of as many layers as stay, under the label it has."""
+def _cut(before: Header, family: Family, layers: Sequence[Layer], keep: Keeps) -> Header:
+    """The header with the kept units alone, under the label it has."""
     sizes = family.sizes(before)
-    gone = tuple(family.prefix(index) for index in range(layers, sizes.layers))
+    gone = tuple(family.prefix(index) for index in range(len(layers), sizes.layers))
     tensors = {name: spec for name, spec in before.tensors.items() if not name.startswith(gone)}
-    for index in range(layers):
+    for index, (layer, each) in enumerate(zip(layers, keep, strict=True)):
         prefix = family.prefix(index)
-        for group in groups.values():
+        for group in layer.groups.values():
             for name in {cut.tensor for cut in group.cuts}:
                 spec = tensors[prefix + name]
-                shape = cut_shape(spec.shape, name, group, keep[group.name])
+                shape = cut_shape(spec.shape, name, group, each[group.name])
                 tensors[prefix + name] = TensorSpec(spec.name, spec.dtype, shape)
-    changes: dict[str, int] = {}
-    if keep["ffn"] != sizes.ffn:
-        changes["intermediate_size"] = keep["ffn"]
-    if keep["heads"] != sizes.heads:
+    changes, kv = {}, keep[0].get(KV_HEADS, sizes.kv_heads)
+    fewer = any(each["heads"] < own(layer, "heads") for layer, each in zip(layers, keep, strict=True))
+    if fewer or kv < sizes.kv_heads:
         # without explicit keys, stock code would derive another head_dim and KV count from fewer heads
-        changes |= {
-            "num_attention_heads": keep["heads"],
-            "num_key_value_heads": sizes.kv_heads,
-            "head_dim": sizes.head_dim,
-        }
-    config = before.config if layers == sizes.layers else family.shallow(before, range(layers))
-    return before.planned(family.with_units(config, changes), tensors.values())
+        changes = {"num_key_value_heads": kv, "head_dim": sizes.head_dim}
+    config = family.shallow(before, range(len(layers))) if gone else before.config
+    text = per_layer.with_layers(per_layer.text_of(config), _told_layers(before, sizes, keep, bool(changes)))
+    return before.planned(family.with_text(config, {**text, **changes}), tensors.values())
+
+
+def _told_layers(before: Header, sizes: Sizes, keep: Keeps, fewer_heads: bool) -> list[dict[str, int]]:
+    """What config.json says of each layer; keys about which it has nothing new to say are left as they are."""
+    differ = per_layer.is_per_layer(before.config)
+    narrower = differ or any(each["ffn"] != sizes.ffn for each in keep)
+    keys = {per_layer.FFN: "ffn"} if narrower else {}
+    keys |= {per_layer.HEADS: "heads"} if differ or fewer_heads else {}
+    return [{key: each[group] for key, group in keys.items()} for each in keep]
 
 
 def _memory(sizes: Sizes, context: PlanContext, before: Header, layers: int) -> int:
-    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; or what
-    the choice of layers holds of their inputs."""
+    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; what
+    merging KV heads takes of the layer's input; what the choice of layers holds of their inputs."""
     data = context.data["calibration"]
     tokens = _tokens(context)
-    layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(family_of(before).prefix(0)))
+    family = family_of(before)
+    prefix = family.prefix(family.widest(before))
+    layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)
     solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
+    merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
     depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
-    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary, depth)
+    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary, merging, depth)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
 
@@ -185,11 +264,16 @@ def _tokens(context: PlanContext) -> int:
     return expected_tokens(context.data["calibration"], "calibration")
 
 
-def _refit_note(options: PruneOptions, sizes: Sizes, keep: Keep, context: PlanContext) -> list[str]:
+def _refit_note(options: PruneOptions, decoder: Decoder, keep: Keeps, context: PlanContext) -> list[str]:
     data = context.data["calibration"]
-    widest = max((n for n, kept in ((sizes.ffn, keep["ffn"]), (sizes.heads * sizes.head_dim, 0)) if kept != n))
-    cut = keep["ffn"] != sizes.ffn or keep["heads"] != sizes.heads
-    if not options.refit or not cut or data.samples is None:
+    refitted = [
+        layer.sizes.ffn for layer, each in zip(decoder.layers, keep, strict=True) if each["ffn"] < own(layer, "ffn")
+    ]
+    heads = any(each["heads"] < own(layer, "heads") for layer, each in zip(decoder.layers, keep, strict=True))
+    if not (refitted or heads or decoder.kv):
+        return []
+    widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
+    if not options.refit or data.samples is None:
         return []
     per_column = data.samples * data.length / widest
     note = f"refit: {per_column:.1f} calibration tokens per column"

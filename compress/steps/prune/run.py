@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
-from compress.arch import family_of
+from compress.arch import Group, family_of
+from compress.arch.kv import KV_HEADS, kv_heads
 from compress.arch.rope import arranged, row_orders
+from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
 from compress.criteria import CRITERIA, GroupView, Ranking
@@ -26,8 +28,9 @@ from compress.formats.packing import Packer
 from compress.solve import cut_error, damping_vector, refit
 from compress.steps.prune import scores
 from compress.steps.prune.depth import Depth, find_depth, settled
+from compress.steps.prune.kv import Merger
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.plan import PrunePlan
+from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.types import Job, Outcome
@@ -65,7 +68,7 @@ def run(job: Job) -> Outcome:
         writer.file(f"{folder}/importance.safetensors", importance)
         writer.text(f"{folder}/importance.json", json.dumps(document, indent=1) + "\n")
     receipt = {
-        "keep": dict(plan.keep),
+        "keep": {name: one_or_each([keep[name] for keep in plan.keep]) for name in plan.keep[0]},
         **({} if depth is None else {"layers": depth.document()}),
         "removed": plan.removed,
         **_loading(plan),
@@ -73,6 +76,7 @@ def run(job: Job) -> Outcome:
         "calibration": {**tokens.record, "tokens": int(ids.numel())},
         "importance_sha256": hashlib.sha256(importance).hexdigest(),
         "relative_output_error": scores.errors(pruner.chosen),
+        **({} if pruner.merger is None else {"kv_merge": {"method": options.kv_merge, "errors": pruner.merged}}),
     }
     packed: tuple[dict[str, Any], ...] = ()
     if job.pack is not None:
@@ -113,14 +117,30 @@ class _Pruner:
             self.packer = Packer(writer, how, decoder_linears(plan.after, made), job.machine.threads)
         # the probe runs in float32 whatever the statistics run in: the self-check compares it exactly
         self.probe = open_stream(self.packer.written(reader, after), torch.float32)
-        sizes = family.sizes(plan.before)
         # units are chosen and cut in the order that the source has; what is left goes into the order of its new family
-        self.orders = row_orders(made.sizes(plan.after), plan.after.text_config, family.rope, made.rope)
-        self.groups = [g for g in family.groups(sizes, plan.before.text_config) if plan.keep[g.name] < g.units]
-        self.names = tuple(family.layer(sizes, plan.before.text_config))
+        text = plan.after.text_config
+        self.orders = [row_orders(sizes, text, family.rope, made.rope) for sizes in made.layers(plan.after)]
+        layers = layers_of(plan.before, family)
+        self.groups = [
+            [group for group in layer.groups.values() if keep[group.name] < group.units]
+            for layer, keep in zip(layers, plan.keep, strict=False)  # where layers go, all are alike
+        ]
+        self.names = tuple(layers[0].shapes)
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
-        self.wanted = self.criterion.needs | refits if self.groups else frozenset()
+        self.wanted = self.criterion.needs | refits if any(self.groups) else frozenset()
         self.chosen: list[dict[str, Chosen]] = []
+        heads = layers[0].sizes.kv_heads
+        self.kv = kv_heads(layers[0].sizes, self.names)
+        self.kv_left = plan.keep[0].get(KV_HEADS, heads)
+        dropped = heads - self.kv_left if options.kv_merge == "drop" else 0
+        self.dropping = {"heads": dropped} if dropped else {}  # group -> balance blocks that go as a whole
+        self.merger = None if dropped or self.kv_left == heads else self._merger()
+        self.merged: dict[str, dict[str, float]] = {}  # the errors of merging, by layer of the source
+
+    def _merger(self) -> Merger:
+        damping = self.options.damping if self.options.refit else None
+        method = self.options.kv_merge
+        return Merger(self.job.family, self.plan.before, self.kv_left, method, damping, self.before, self.after)
 
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
         """All layers, and what lies outside them; returns the probe's logits [B, L, vocab]."""
@@ -130,7 +150,7 @@ class _Pruner:
             for index, source in enumerate(layers):
                 if source >= len(self.chosen):
                     self.chosen += [{} for _ in range(len(self.chosen), source)]  # layers that go
-                    self._finish(index, self._layer(source, hidden), hidden, probe)
+                    self._finish(index, self._layer(source, index, hidden), hidden, probe)
                 task.advance()
         self.chosen += [{} for _ in range(len(self.chosen), self.before.layers)]
         done = {self.job.family.prefix(index) + name for index in range(len(layers)) for name in self.names}
@@ -158,9 +178,10 @@ class _Pruner:
         first layer that is not done: those an earlier run has left, else the embeddings."""
         state = None if self.job.ledger is None else self.job.ledger.load()
         if state is None or "errors" not in state.facts or not self.writer.kept:
-            return (self.before.embed(ids) if self.wanted else None), self.probe.embed(probe_ids)
+            looks = self.wanted or (self.merger is not None and self.merger.looks)
+            return (self.before.embed(ids) if looks else None), self.probe.embed(probe_ids)
         facts, tensors = state.facts, state.tensors
-        self.chosen = scores.restored(tensors, facts["errors"])
+        self.chosen, self.merged = scores.restored(tensors, facts["errors"]), facts["merged"]
         self.writer.resume(facts["written"])
         self.packer.restore(facts["packed"])
         self.job.progress.note(f"going on after {len(self.chosen)} layers, where an earlier run ended")
@@ -176,26 +197,32 @@ class _Pruner:
             tensors["hidden"] = hidden
         written = sorted(self.writer.written)
         facts = {"errors": scores.errors(self.chosen), "written": written, "packed": self.packer.state()}
-        facts["depth"] = None if self.depth is None else self.depth.document()
+        facts |= {"depth": None if self.depth is None else self.depth.document(), "merged": self.merged}
         self.job.ledger.save(facts, tensors)
 
-    def _layer(self, index: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Rank, choose, cut and refit every group of one layer; returns its tensors, by their names inside it."""
-        tensors = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
-        found = self._statistics(index, tensors, hidden) if hidden is not None else {}
+    def _layer(self, index: int, place: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Rank, choose, cut and refit every group of layer `index`, which becomes layer `place`, and merge its KV
+        heads; returns its tensors, by their names inside it."""
+        original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
+        tensors = original
+        found = self._statistics(index, self.groups[place], tensors, hidden) if hidden is not None else {}
         picked: dict[str, Chosen] = {}
-        for group in self.groups:
+        for group in self.groups[place]:
             what = f"layer {index} {group.name}"
             statistics = found.pop(group.name, {})
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
             ranking = self._rank(seen)
-            keep = select(ranking, group, self.plan.keep[group.name])
+            keep = select(ranking, group, self.plan.keep[place][group.name], self.dropping.get(group.name, 0))
+            if group.name in self.dropping:
+                tensors = cut(tensors, self.kv, torch.unique(keep // group.balance))
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
             tensors = cut(tensors, group, keep)
             error = before = None
-            if hessian is not None and self.options.refit:
+            if group.name == "heads" and self.merger is not None:
+                pass  # o_proj is refitted when the KV heads are merged
+            elif hessian is not None and self.options.refit:
                 ridge = damping_vector(hessian, self.options.damping)
                 result = refit(seen.reader, hessian, kept_columns, ridge, what)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
@@ -204,7 +231,11 @@ class _Pruner:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
             picked[group.name] = Chosen(Ranking(ranking.order.cpu(), ranking.cost.cpu()), keep.cpu(), error, before)
         self.chosen.append(picked)
-        return {name: arranged(name, value, self.orders) for name, value in tensors.items()}
+        if self.merger is not None:
+            stay = picked["heads"].keep if "heads" in picked else None
+            tensors, errors = self.merger.merge((index, place), original, tensors, stay, hidden, self.orders[place])
+            self.merged |= {} if errors is None else {str(index): errors}
+        return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
 
     def _rank(self, seen: GroupView) -> Ranking:
         """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
@@ -217,11 +248,13 @@ class _Pruner:
         return ranking
 
     def _statistics(
-        self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
+        self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
     ) -> dict[str, dict[Statistic, torch.Tensor]]:
         """What is wanted of the readers' inputs, by group."""
-        gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in self.groups}
-        readers = {g.reader: gathered[g.name] for g in self.groups}
+        if not groups:
+            return {}
+        gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
+        readers = {g.reader: gathered[g.name] for g in groups}
         with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
             self.before.advance(layer, hidden, keep=False)
         return {name: each.results() for name, each in gathered.items()}
@@ -235,6 +268,7 @@ def _loading(plan: PrunePlan) -> dict[str, Any]:
         "rope_layout": family.rope,
         "stock_transformers": family.stock is None,
         "loaded_by": list(family.loaders),
+        "trust_remote_code": is_per_layer(plan.after.config),
     }
 
 
