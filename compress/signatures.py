@@ -200,6 +200,12 @@ class PruneKeywords(StepKeywords, total=False):
     """Refit the reading matrix by least squares from the original weights."""
     damping: float
     """Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."""
+    held_out: float | None
+    """Share of the calibration windows that are kept back to choose the damping of each refit on, from 0.001 to 0.3;
+    the refit itself then sees all of them.
+    """
+    force: bool
+    """Prune even with fewer calibration tokens than a refitted matrix has columns."""
 
 
 class DistillKeywords(StepKeywords, total=False):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from compress.errors import UserError
-from compress.limits import DOUBLE_UP_TO
+from compress.limits import DAMPINGS, DOUBLE_UP_TO
 
 REFRESH = 1024  # removals after which the downdated inverse is recomputed (rounding accumulates)
 
@@ -93,6 +93,35 @@ def refit_to(
     right = product.to(dtype) + weight.to(dtype) * ridge.to(dtype)
     solved = torch.cholesky_solve(right.T, lower).T
     return Refit(solved.to(torch.float32).contiguous(), _error(solved, inner, product, energy), before)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The Gram matrix H_v [n, n] of the windows kept back, and their share of the tokens that H is made of."""
+
+    gram: torch.Tensor
+    share: float
+
+
+def best_damping(
+    weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor, held: HeldOut, what: str = "module"
+) -> tuple[float, float]:
+    """The damping of DAMPINGS whose refit, made without the held-out windows, has the least output error on them, and
+    that error, relative as in `Refit`. weight [d, n], hessian [n, n] of all windows, keep [k] ascending.
+
+    Hold-out choice of a ridge (Hastie, Tibshirani & Friedman 2009, section 7.10). H without the held-out windows is
+    (H - s H_v) / (1 - s), s their share.
+    """
+    fit = torch.sub(hessian, held.gram, alpha=held.share).div_(1 - held.share)
+    product = weight.to(torch.float32) @ held.gram
+    energy = float((product * weight).sum(dtype=torch.float64))
+    inner = held.gram[keep][:, keep]
+    found = []
+    for damping in DAMPINGS:
+        solved = refit(weight, fit, keep, damping_vector(fit, damping), what).weight
+        found.append((_error(solved, inner, product[:, keep], energy), damping))
+    error, damping = min(found)
+    return damping, error
 
 
 def cut_error(weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor) -> float:

@@ -105,7 +105,6 @@ GLM4V = Family(
     architecture="Glm4vForConditionalGeneration",
     text="model.language_model",
     head="lm_head",
-    rope_axes=3,
     rope=INTERLEAVED,
     layer=_layer,
     groups=_groups,

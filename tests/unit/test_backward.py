@@ -68,7 +68,7 @@ def by_autograd(folder: Path, ids: torch.Tensor) -> tuple[Found, dict[tuple[int,
     stock, header = load(folder), read_header(folder)
     family, groups = family_of(header), groups_of(folder)[0]
     tokens = ids.shape[0] * (ids.shape[1] - 1)
-    layers = [stock.get_submodule(family.prefix(index)[:-1]) for index in range(family.sizes(header).layers)]
+    layers = [stock.get_submodule(f"{family.text}.layers.{index}") for index in range(family.sizes(header).layers)]
     weights = {
         (i, cut.tensor): layers[i].get_parameter(cut.tensor)
         for i in range(len(layers))

@@ -76,6 +76,7 @@ HEAVY = {
     "compress.steps.quantize.run",
     "compress.stream.arranged",
     "compress.stream.backward",
+    "compress.stream.calls",
     "compress.stream.forward",
     "compress.stream.statistics",
     "compress.stream.stock",

@@ -12,7 +12,8 @@ import torch
 
 from compress import solve
 from compress.errors import UserError
-from compress.solve import cut_error, damping_vector, factor, greedy_removal, refit
+from compress.limits import DAMPINGS
+from compress.solve import HeldOut, best_damping, cut_error, damping_vector, factor, greedy_removal, refit
 
 Array = npt.NDArray[np.float64]
 GREEDY = 1.25  # greedy removal costs at most this much more than the best choice, on the problems below
@@ -93,6 +94,27 @@ def test_cut_error_is_the_error_of_the_output() -> None:
     expected = problem.error(embedded(problem.w[:, keep], keep, 16))
     assert cut_error(problem.weight, problem.hessian, torch.tensor(keep)) == pytest.approx(expected, rel=1e-4)
     assert cut_error(torch.zeros(2, 4), torch.eye(4), torch.tensor([0, 1])) == 0.0
+
+
+def test_held_out_windows_choose_the_damping_that_is_best_on_them() -> None:
+    tokens, kept_back = 40, 10  # few tokens for 24 columns: the least damping is not the best
+    problem, keep = Problem(24, tokens=tokens, seed=3), [*range(0, 24, 2)]
+    fit, held = problem.x[:-kept_back], problem.x[-kept_back:]
+    errors = {}
+    for damping in DAMPINGS:
+        ridge = damping * (fit**2).mean() * np.eye(len(keep))
+        system = fit[:, keep].T @ fit[:, keep] / len(fit) + ridge
+        weight = np.linalg.solve(
+            system, (problem.w @ (fit.T @ fit[:, keep] / len(fit)) + problem.w[:, keep] @ ridge).T
+        ).T
+        lost = (held[:, keep] @ weight.T - held @ problem.w.T) ** 2
+        errors[damping] = lost.sum() / ((held @ problem.w.T) ** 2).sum()
+    best = min(errors, key=lambda damping: errors[damping])
+    assert DAMPINGS[0] < best < DAMPINGS[-1]
+    gram = torch.tensor(held.T @ held / kept_back, dtype=torch.float32)
+    found = best_damping(problem.weight, problem.hessian, torch.tensor(keep), HeldOut(gram, kept_back / tokens))
+    assert found[0] == best
+    assert found[1] == pytest.approx(errors[best], rel=1e-3)
 
 
 def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from compress.arch import FLAVOURS
 from compress.criteria import CRITERIA
+from compress.limits import DAMPINGS
 from compress.steps.types import StepOptions, one_of
 
 NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
@@ -110,4 +111,12 @@ class PruneOptions(StepOptions):
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."
+    )
+    held_out: Share | None = Field(
+        None,
+        description="Share of the calibration windows that are kept back to choose the damping of each refit on, from "
+        f"{DAMPINGS[0]} to {DAMPINGS[-1]}; the refit itself then sees all of them.",
+    )
+    force: bool = Field(
+        False, description="Prune even with fewer calibration tokens than a refitted matrix has columns."
     )

@@ -10,6 +10,7 @@ from compress.arch.kv import KV_HEADS, kv_heads
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
+from compress.criteria import CRITERIA
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
@@ -77,7 +78,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, context, before, len(layers)),
+        memory=_memory(sizes, options, context, before, len(layers)),
         scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
@@ -85,7 +86,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *_whole_notes(options, whole, layers, kv),
             *_label_notes(family, family_of(after), why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
-            *_refit_note(options, decoder, keep, context),
+            *_refit_note(options, decoder, keep, context, complain),
         ),
         keep=keep,
         removed=share,
@@ -239,7 +240,7 @@ def _told_layers(before: Header, sizes: Sizes, keep: Keeps, fewer_heads: bool) -
     return [{key: each[group] for key, group in keys.items()} for each in keep]
 
 
-def _memory(sizes: Sizes, context: PlanContext, before: Header, layers: int) -> int:
+def _memory(sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header, layers: int) -> int:
     """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; what
     merging KV heads takes of the layer's input; what the choice of layers holds of their inputs."""
     data = context.data["calibration"]
@@ -248,7 +249,8 @@ def _memory(sizes: Sizes, context: PlanContext, before: Header, layers: int) -> 
     prefix = family.prefix(family.widest(before))
     layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
-    gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)
+    # with windows held out every reader has a second Gram matrix
+    gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2) * (1 if options.held_out is None else 2)
     solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
@@ -264,7 +266,10 @@ def _tokens(context: PlanContext) -> int:
     return expected_tokens(context.data["calibration"], "calibration")
 
 
-def _refit_note(options: PruneOptions, decoder: Decoder, keep: Keeps, context: PlanContext) -> list[str]:
+def _refit_note(
+    options: PruneOptions, decoder: Decoder, keep: Keeps, context: PlanContext, complain: Complain
+) -> list[str]:
+    """How many calibration tokens there are for every column of the widest Gram matrix (T/n); a complaint under 1."""
     data = context.data["calibration"]
     refitted = [
         layer.sizes.ffn for layer, each in zip(decoder.layers, keep, strict=True) if each["ffn"] < own(layer, "ffn")
@@ -273,8 +278,23 @@ def _refit_note(options: PruneOptions, decoder: Decoder, keep: Keeps, context: P
     if not (refitted or heads or decoder.kv):
         return []
     widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
-    if not options.refit or data.samples is None:
+    if not options.refit and "gram" not in CRITERIA[options.criterion].needs:
         return []
-    per_column = data.samples * data.length / widest
-    note = f"refit: {per_column:.1f} calibration tokens per column"
-    return [note + (" (under 4: the refit will be poor; give more samples)" if per_column < 4 else "")]
+    if (
+        options.held_out is not None
+        and data.samples is not None
+        and not (0 < round(options.held_out * data.samples) < data.samples)
+    ):
+        complain("held_out", f"{options.held_out} of {data.samples} calibration windows is none, or all of them")
+    if data.samples is None:
+        return []
+    tokens = data.samples * data.length
+    if tokens < widest and not options.force:
+        complain(
+            "",
+            f"{tokens} calibration tokens for a Gram matrix of {widest} columns: {tokens / widest:.2f} a column, and "
+            "under 1 it is singular",
+            "give more samples (4 tokens a column or more), or force",
+        )
+    note = f"refit: {tokens / widest:.1f} calibration tokens per column"
+    return [note + (" (under 4: the refit will be poor; give more samples)" if tokens < 4 * widest else "")]

@@ -25,13 +25,13 @@ from compress.device import device_of
 from compress.errors import UserError
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
-from compress.solve import cut_error, damping_vector, refit
+from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import scores
 from compress.steps.prune.depth import Depth, find_depth, settled
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
-from compress.steps.prune.scores import Chosen
+from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.types import Job, Outcome
 from compress.stream import Statistic
@@ -204,10 +204,10 @@ class _Pruner:
         """Rank, choose, cut and refit every group of layer `index`, which becomes layer `place`, and merge its KV
         heads; returns its tensors, by their names inside it."""
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
-        tensors = original
-        found = self._statistics(index, self.groups[place], tensors, hidden) if hidden is not None else {}
+        tensors, groups = original, self.groups[place]
+        found, held = self._statistics(index, groups, tensors, hidden) if hidden is not None else ({}, {})
         picked: dict[str, Chosen] = {}
-        for group in self.groups[place]:
+        for group in groups:
             what = f"layer {index} {group.name}"
             statistics = found.pop(group.name, {})
             hessian = statistics.get("gram")
@@ -220,22 +220,30 @@ class _Pruner:
             reader = f"{group.reader}.weight"
             tensors = cut(tensors, group, keep)
             error = before = None
+            damping = held_out = None
             if group.name == "heads" and self.merger is not None:
                 pass  # o_proj is refitted when the KV heads are merged
             elif hessian is not None and self.options.refit:
-                ridge = damping_vector(hessian, self.options.damping)
-                result = refit(seen.reader, hessian, kept_columns, ridge, what)
+                damping, held_out = self._damping(seen, kept_columns, held.pop(group.name, None))
+                result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
                 error, before = result.error, result.error_before
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
-            picked[group.name] = Chosen(Ranking(ranking.order.cpu(), ranking.cost.cpu()), keep.cpu(), error, before)
+            ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
+            picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping))
         self.chosen.append(picked)
         if self.merger is not None:
             stay = picked["heads"].keep if "heads" in picked else None
             tensors, errors = self.merger.merge((index, place), original, tensors, stay, hidden, self.orders[place])
             self.merged |= {} if errors is None else {str(index): errors}
         return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
+
+    def _damping(self, seen: GroupView, kept: torch.Tensor, held: HeldOut | None) -> tuple[float, float | None]:
+        """The damping of one refit, and its error on the held-out windows where there are any."""
+        if held is None:
+            return self.options.damping, None
+        return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
 
     def _rank(self, seen: GroupView) -> Ranking:
         """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
@@ -249,15 +257,21 @@ class _Pruner:
 
     def _statistics(
         self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
-    ) -> dict[str, dict[Statistic, torch.Tensor]]:
-        """What is wanted of the readers' inputs, by group."""
+    ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut]]:
+        """What is wanted of the readers' inputs, by group; and of the held-out windows, the last ones, their Gram."""
         if not groups:
-            return {}
+            return {}, {}
         gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
         readers = {g.reader: gathered[g.name] for g in groups}
+        back = round((self.options.held_out or 0) * len(hidden)) if self.options.refit else 0
+        kept_back = {g.name: Gathered({"gram"}, g.units, g.width, self.streamed.device) for g in groups if back}
         with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
-            self.before.advance(layer, hidden, keep=False)
-        return {name: each.results() for name, each in gathered.items()}
+            self.before.advance(layer, hidden[: len(hidden) - back], keep=False)
+            if back:
+                with gathering(layer, {g.reader: kept_back[g.name] for g in groups}):
+                    self.before.advance(layer, hidden[-back:], keep=False)
+        held = {name: HeldOut(each.results()["gram"], back / len(hidden)) for name, each in kept_back.items()}
+        return {name: each.results() for name, each in gathered.items()}, held
 
 
 def _loading(plan: PrunePlan) -> dict[str, Any]:
