@@ -53,7 +53,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
         "files": len({where.file for where in header.locations.values()}),
         "sizes": {key: getattr(sizes, key) for key in sizes.__dataclass_fields__},
         # vLLM was proved for plain checkpoints
-        "loaded_by": [name for name in family.loaders if not (quantized and name.startswith("vLLM"))],
+        "loaded_by": [name for name in family.loaders_of(header.config) if not (quantized and name.startswith("vLLM"))],
         "groups": groups,
         "cuts": [] if quantized else [*_head_cuts(header, family, sizes), _row("ffn", family)],
     }

@@ -103,7 +103,6 @@ class Family:
     layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
     groups: what can be cut. refuse: a reason why planned sizes, beside the raw config, cannot be loaded by stock
     transformers, or None. rewrites: the labels under which it can be loaded then.
-    each_layer: the lists with one entry a layer that its class derives where the text config leaves them out.
     defaults: what its config class fills in for a missing num_key_value_heads (else as many as heads), head_dim (else
     hidden_size // heads) and tie_word_embeddings (else false).
     stock: for a family that stock transformers does not load, the rewrite under which its classes compute the same.
@@ -128,7 +127,6 @@ class Family:
     stock: Rewrite | None = None
     stored: str | None = None
     vllm: str | None = None
-    each_layer: Callable[[Mapping[str, Any]], dict[str, list[Any]]] = lambda config: {}
     defaults: Mapping[str, int] = field(default_factory=dict)
     head_beside: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     layered: bool = False
@@ -138,6 +136,12 @@ class Family:
         """Who loads a checkpoint of this family, in words."""
         found = [] if self.stock is not None else [f"stock transformers ({self.architecture})"]
         return (*found, *([f"vLLM ({self.vllm})"] if self.vllm else []))
+
+    def loaders_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Who loads a checkpoint of this config: where layers differ, stock transformers with the folder's own code."""
+        if not per_layer.is_per_layer(config):
+            return self.loaders
+        return (f"stock transformers with trust_remote_code=True ({per_layer.PREFIX}{self.architecture})",)
 
     def label(self, config: Mapping[str, Any], sizes: Sizes, flavour: str) -> tuple[Rewrite | None, str]:
         """The label for a checkpoint with fewer heads, `sizes`, and why it is another one; or None, and why none fits.
@@ -253,8 +257,7 @@ class Family:
         """The raw config with the decoder layers `layers` only, ascending, and of its lists with one entry a layer
         those entries."""
         deep, text = self.sizes(header).layers, header.text_config
-        lists = self.each_layer(text) | per_layer.lists(text, deep)
-        each = {key: [said[index] for index in layers] for key, said in lists.items()}
+        each = {key: [said[index] for index in layers] for key, said in per_layer.lists(text, deep).items()}
         own = per_layer.shallow(text, layers)
         return self.with_units(header.config, {"num_hidden_layers": len(layers), **each, **own})
 

@@ -48,7 +48,7 @@ GEMMA3 = replace(
     rewrites=(),
     unlike=_unlike,
     head_beside=_capped,
-    layered=False,  # not proved for it
+    layered=True,
     vllm=None,
     defaults={
         "hidden_size": 2304,

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from typing import Any
+from collections.abc import Container
 
-from compress.arch.family import QKV, QKV_FUSED, Cut, Family, Group, Sizes
-from compress.arch.rope import rotary_rows
-from compress.checkpoint.headers import Header
+from compress.arch.family import QKV, QKV_FUSED, Cut, Group, Sizes
 
 KV_HEADS = "kv_heads"
 K_NORM = "self_attn.k_norm.weight"  # a norm over each head's keys, before they rotate
@@ -29,12 +26,3 @@ def kv_heads(sizes: Sizes, names: Container[str]) -> Group:
         if f"{name}.{kind}" in names
     ]
     return Group(KV_HEADS, sizes.kv_heads, "self_attn.o_proj", d, tuple(cuts), "num_key_value_heads", 1)
-
-
-def rotating_rows(family: Family, header: Header, layer: int) -> int:
-    """How many rows of a head rotate in `layer`: some layers of a smollm3 leave the rotary embedding aside."""
-    text: Mapping[str, Any] = header.text_config
-    told = {**text, **family.each_layer(text)}.get("no_rope_layers")  # 1: it rotates, whatever the key is called
-    if isinstance(told, list) and layer < len(told) and not told[layer]:
-        return 0
-    return rotary_rows(family.sizes(header), text)

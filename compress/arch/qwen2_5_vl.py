@@ -46,6 +46,6 @@ QWEN2_5_VL = replace(
     refuse=_derived_head_dim,
     skip=("lm_head", "model.visual"),
     unlike=_unlike,
-    layered=False,
+    layered=False,  # stock transformers renames its tensors by the name of its own class
     defaults={"num_key_value_heads": 8},
 )

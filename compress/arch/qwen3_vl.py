@@ -26,6 +26,6 @@ QWEN3_VL = replace(
     architecture="Qwen3VLForConditionalGeneration",
     text="model.language_model",
     skip=("lm_head", "model.visual"),
-    layered=False,
+    layered=True,
     unlike=_unlike,
 )

@@ -17,14 +17,6 @@ def _unlike(config: Mapping[str, Any]) -> str | None:
     return masked_attention(config, switched_window(config, None)) or no_null(config, "head_dim")
 
 
-def _rotating(config: Mapping[str, Any]) -> dict[str, list[Any]]:
-    # SmolLM3Config.__post_init__: every no_rope_layer_interval-th layer does not rotate
-    layers, interval = config.get("num_hidden_layers"), config.get("no_rope_layer_interval", 4)
-    if config.get("no_rope_layers") is not None or type(layers) is not int or type(interval) is not int:
-        return {}
-    return {"no_rope_layers": [int((index + 1) % interval != 0) for index in range(layers)]}
-
-
 SMOLLM3 = replace(
     LLAMA,
     name="smollm3",
@@ -34,6 +26,5 @@ SMOLLM3 = replace(
     rewrites=(),
     unlike=_unlike,
     vllm=None,
-    each_layer=_rotating,
     defaults={"num_key_value_heads": 4, "tie_word_embeddings": True},
 )

@@ -121,6 +121,14 @@ def lists(text: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
     }
 
 
+def anchored(config: Mapping[str, Any]) -> int:
+    """How many of the first layers must stay where they are, from the raw config.json: a qwen3_vl adds to the output of
+    each of them what the vision tower gives at one of its `deepstack_visual_indexes`."""
+    vision = config.get("vision_config")
+    said = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
+    return len(said) if isinstance(said, list) else 0
+
+
 def shallow(text: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """What `per_layer_config` says of the layers `layers`, counted anew, as a change of the decoder's config."""
     if not isinstance(text.get(KEY), Mapping):

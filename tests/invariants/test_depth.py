@@ -53,11 +53,12 @@ def without(model: Any, folder: Path, layers: list[int]) -> Any:
 
 @pytest.mark.parametrize("family", LOADED)
 def test_cutting_a_layer_puts_the_identity_in_its_place(family: str, tmp_path: Path) -> None:
-    source = getattr(tiny, family)(tmp_path / "source", **DEEP)
+    source = getattr(tiny, family)(tmp_path / "source", **({} if family == "gemma3_text" else DEEP))
     criterion = sorted(LAYER_CRITERIA)[LOADED.index(family) % len(LAYER_CRITERIA)]
-    cuts = {"keep_layers": 3, "layer_criterion": criterion, "keep_ffn": 41, "keep_heads": 4}
+    cuts = {"keep_layers": 3, "layer_criterion": criterion, "keep_ffn": 41}
+    cuts |= {} if family == "qwen2_5_vl" else {"keep_heads": 4}  # its stock class takes no other number of heads
     out = prune(source, tmp_path / "out", refit=False, **cuts)
-    assert len(gone(out)) == 2
+    assert len(gone(out)) == read_header(source).text_config["num_hidden_layers"] - 3
     masked = load(source)
     assert not masked.load_state_dict(masked_weights(source, out), strict=False).unexpected_keys
     inputs = [{"input_ids": torch.arange(40)[None]}]

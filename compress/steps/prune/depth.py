@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from compress.checkpoint import per_layer
+from compress.checkpoint.headers import Header
+from compress.checkpoint.per_layer import anchored
 from compress.checkpoint.reader import Reader
 from compress.errors import UserError
 from compress.limits import DEPTH_POSITIONS
@@ -20,7 +23,9 @@ from compress.machine import Progress
 from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.types import Job, StepPlan
+from compress.stream.arranged import stock_view
 from compress.stream.forward import Stream, compute_dtype
+from compress.stream.stock import stock_config
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ def find_depth(job: Job, streamed: Reader, ids: torch.Tensor) -> Depth | None:
     if state is not None and state.facts.get("depth"):
         return restored(state.facts["depth"])
     stream = Stream(streamed, job.family, dtype=compute_dtype(plan.before.dtype, streamed.device)[0])
-    kept, scores = METHODS[options.layer_criterion](stream, ids, layers - plan.layers, job.progress)
+    first = anchored(plan.before.config)
+    kept, scores = METHODS[options.layer_criterion](stream, ids, layers - plan.layers, first, job.progress)
     found = Depth(options.layer_criterion, layers, tuple(kept), tuple(scores))
     job.progress.note(f"decoder layers {_spans(found.document()['gone'])} go, by {found.criterion}")
     if job.ledger is not None and job.ledger.due():
@@ -76,7 +82,7 @@ def settled(job: Job, depth: Depth | None) -> Job:
     """`job` with the config of the layers that stay in its plans, which until now stood for any."""
     if depth is None:
         return job
-    config = job.family.shallow(job.plan.before, depth.kept)
+    config = job.family.shallow(_told(job), depth.kept)
 
     def of(plan: StepPlan) -> StepPlan:
         return replace(plan, after=job.family.with_lists(plan.after, config))
@@ -84,7 +90,23 @@ def settled(job: Job, depth: Depth | None) -> Job:
     return replace(job, plan=of(job.plan), pack=None if job.pack is None else of(job.pack))
 
 
-def _angular(stream: Stream, ids: torch.Tensor, gone: int, progress: Progress) -> tuple[list[int], list[float]]:
+def _told(job: Job) -> Header:
+    """The source with the lists in its config that its class would derive, where they do not say the same of every
+    layer: of fewer layers another list would be derived."""
+    header, family = job.plan.before, job.family
+    stock: Any = stock_config(stock_view(family, header.config)[0]).get_text_config(decoder=True)
+    derived = per_layer.lists(stock.to_dict(), family.sizes(header).layers)
+    missing = {
+        key: said
+        for key, said in derived.items()
+        if header.text_config.get(key) is None and any(each != said[0] for each in said)
+    }
+    return replace(header, config=family.with_units(header.config, missing))
+
+
+def _angular(
+    stream: Stream, ids: torch.Tensor, gone: int, anchor: int, progress: Progress
+) -> tuple[list[int], list[float]]:
     """The block of `gone` layers whose input and output are the closest (Gromov et al. 2024, arXiv:2403.17887).
 
     Eq. 3-4: d(l) = arccos(x_l . x_{l+n} / |x_l| |x_{l+n}|) / pi, and the block with the least d goes. The paper takes
@@ -111,11 +133,13 @@ def _angular(stream: Stream, ids: torch.Tensor, gone: int, progress: Progress) -
     hidden = stream.embed(ids)
     see(hidden)
     _through(stream, progress, step)
-    first = min(range(len(distances)), key=distances.__getitem__)
+    first = min(range(anchor, len(distances)), key=distances.__getitem__)
     return [index for index in range(stream.layers) if not first <= index < first + gone], distances
 
 
-def _influence(stream: Stream, ids: torch.Tensor, gone: int, progress: Progress) -> tuple[list[int], list[float]]:
+def _influence(
+    stream: Stream, ids: torch.Tensor, gone: int, anchor: int, progress: Progress
+) -> tuple[list[int], list[float]]:
     """The `gone` layers of least Block Influence (Men et al. 2024, ShortGPT, arXiv:2403.03853, eq. 1).
 
     BI = 1 - E[x . y / |x| |y|] over all positions, x what goes into a layer and y what comes out.
@@ -138,8 +162,8 @@ def _influence(stream: Stream, ids: torch.Tensor, gone: int, progress: Progress)
         influence.append(_finite(1 - float(total) / ids.numel(), len(influence)))
 
     _through(stream, progress, see)
-    order = sorted(range(stream.layers), key=influence.__getitem__)
-    return sorted(order[gone:]), influence
+    order = sorted(range(anchor, stream.layers), key=influence.__getitem__)
+    return [*range(anchor), *sorted(order[gone:])], influence
 
 
 def _through(stream: Stream, progress: Progress, see: Callable[[nn.Module], object]) -> None:
@@ -173,7 +197,8 @@ def _spans(layers: list[int]) -> str:
     return ", ".join("-".join(map(str, span)) for span in spans)
 
 
-METHODS: Mapping[str, Callable[[Stream, torch.Tensor, int, Progress], tuple[list[int], list[float]]]] = {
+# (stream, ids, how many layers go, how many of the first stay, progress) -> layers that stay, scores
+METHODS: Mapping[str, Callable[[Stream, torch.Tensor, int, int, Progress], tuple[list[int], list[float]]]] = {
     "angular": _angular,
     "influence": _influence,
 }

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from compress.arch.family import QKV, QKV_FUSED, Family
-from compress.arch.kv import K_NORM, rotating_rows
-from compress.arch.rope import INTERLEAVED, Orders, arranged
+from compress.arch.kv import K_NORM
+from compress.arch.rope import INTERLEAVED, Orders, arranged, rotary_rows
 from compress.checkpoint.headers import Header
 from compress.limits import BATCH_TOKENS
 from compress.solve import Refit, damping_vector, refit_to
@@ -189,14 +189,15 @@ def _moments(rows: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     return moments.double()
 
 
-def rotating_pairs(
-    family: Family, header: Header, layer: int, names: Container[str], device: str
-) -> torch.Tensor | None:
+def rotating_pairs(stream: Stream, header: Header, layer: int, names: Container[str]) -> torch.Tensor | None:
     """The rows of a head of `layer` that rotate together, [2, r/2]; None where keys pass a norm before they rotate."""
     if K_NORM in names:
         return None
-    rows = torch.arange(rotating_rows(family, header, layer), device=device)
-    pairs: torch.Tensor = rows.view(-1, 2).T if family.rope == INTERLEAVED else rows.view(2, -1)
+    told = getattr(stream.text.config, "no_rope_layers", None)  # of smollm3; 1: it rotates, whatever the name says
+    still = isinstance(told, list) and not told[layer]
+    rotary = 0 if still else rotary_rows(stream.family.sizes(header), header.text_config)
+    rows = torch.arange(rotary, device=stream.device)
+    pairs: torch.Tensor = rows.view(-1, 2).T if stream.family.rope == INTERLEAVED else rows.view(2, -1)
     return pairs
 
 
@@ -238,7 +239,7 @@ class Merger:
         if self.method == ALIGNED:
             assert hidden is not None
             inputs = self._inputs(source, original, hidden)
-            pairs = rotating_pairs(self.family, self.header, source, tensors.keys(), device)
+            pairs = rotating_pairs(self.before, self.header, source, tensors.keys())
             made = aligned_heads(heads, self.keep, inputs[: heads.q.shape[2], : heads.q.shape[2]], pairs)
         else:
             made = mean_heads(heads, self.keep)

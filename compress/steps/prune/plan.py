@@ -10,10 +10,12 @@ from compress.arch.kv import KV_HEADS, kv_heads
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
+from compress.checkpoint.per_layer import anchored
 from compress.criteria import CRITERIA
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -53,8 +55,11 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
+    by_hand = fixed_by_hand(options, layers, complain)
+    if by_hand is None:
+        return None
     gone = sum(layer.matrix_parameters for layer in whole[len(layers) :])
-    decoder = Decoder(layers, measure, kv=kv, gone=gone)
+    decoder = Decoder(layers, measure, by_hand.units, kv, gone)
     resolved = resolve(options, decoder, complain)
     if resolved is None:
         return None
@@ -82,9 +87,10 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
+            *by_hand.notes,
             *chosen,
             *_whole_notes(options, whole, layers, kv),
-            *_label_notes(family, family_of(after), why),
+            *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *_refit_note(options, decoder, keep, context, complain),
         ),
@@ -103,12 +109,15 @@ def _layers_left(
     if keep > len(layers):
         complain("keep_layers", f"{keep} layers cannot stay: the model has {len(layers)}")
         return None
+    if keep < (first := anchored(before.config)):
+        complain("keep_layers", f"{keep} layers cannot stay: images enter the first {first}, which do not go")
+        return None
     if left is None:
         return None
     fewer = left < layers[0].sizes.kv_heads
     for key, less in (("keep_layers", keep < len(layers)), ("keep_kv_heads", fewer)):
-        if less and len(set(map(id, layers))) > 1:
-            complain(key, "the layers of the model differ in width: it is for models whose layers are alike")
+        if less and (options.protect or options.pin or len(set(map(id, layers))) > 1):
+            complain(key, "not where layers differ in width, by 'protect', 'pin' or in the model as it is")
             return None
     if keep < len(layers) and (other := _another_dtype(before, family)):
         complain("keep_layers", other)
@@ -122,7 +131,7 @@ def _layers_left(
 
 def _another_dtype(before: Header, family: Family) -> str | None:
     """Why not any layer can take the place of any other: two are stored in different dtypes."""
-    first, inside = family.prefix(0), f"{family.text}.layers."
+    first, inside = family.prefix(0), f"{family.root}.layers."
     for name, spec in before.tensors.items():
         if name.startswith(inside):
             like = before.tensors.get(first + name.removeprefix(inside).partition(".")[2])
@@ -199,13 +208,14 @@ def _label(
     return found
 
 
-def _label_notes(before: Family, after: Family, why: str) -> list[str]:
+def _label_notes(before: Family, result: Header, why: str) -> list[str]:
     """Under which label the result stands and why, and who loads it, where that is not plain."""
+    after = family_of(result)
     notes = [f"written as {after.model_type}, because {why}"] if why else []
     if after.rope != before.rope:
         notes.append(f"the rotary rows of every head in q_proj and k_proj go from {before.rope} to {after.rope}")
     if why or after.stock is not None:
-        notes.append(f"loaded by {' and '.join(after.loaders)}")
+        notes.append(f"loaded by {' and '.join(after.loaders_of(result.config))}")
     return notes
 
 

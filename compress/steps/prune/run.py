@@ -19,10 +19,9 @@ from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
-from compress.criteria import CRITERIA, GroupView, Ranking
+from compress.criteria import CRITERIA, GroupView, Ranking, ranking_of
 from compress.data import windows
 from compress.device import device_of
-from compress.errors import UserError
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
@@ -105,7 +104,6 @@ class _Pruner:
         self.job, self.plan, self.options, self.depth = job, plan, options, depth
         self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[options.criterion]
-        self.rank = self.criterion.load()
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
         self.before = Stream(streamed, family, dtype=dtype)
@@ -212,7 +210,7 @@ class _Pruner:
             statistics = found.pop(group.name, {})
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
-            ranking = self._rank(seen)
+            ranking = ranking_of(self.criterion, seen, self.options.damping)
             keep = select(ranking, group, self.plan.keep[place][group.name], self.dropping.get(group.name, 0))
             if group.name in self.dropping:
                 tensors = cut(tensors, self.kv, torch.unique(keep // group.balance))
@@ -245,16 +243,6 @@ class _Pruner:
             return self.options.damping, None
         return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
 
-    def _rank(self, seen: GroupView) -> Ranking:
-        """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
-        ranking = self.rank(seen, self.options.damping)
-        if not bool(torch.isfinite(ranking.cost).all()):
-            raise UserError(
-                f"{seen.name}: costs by {self.options.criterion} are NaN or infinite: "
-                f"{'activations' if self.criterion.needs else 'weights'} overflow"
-            )
-        return ranking
-
     def _statistics(
         self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
     ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut]]:
@@ -281,7 +269,7 @@ def _loading(plan: PrunePlan) -> dict[str, Any]:
         "model_type": family.model_type,
         "rope_layout": family.rope,
         "stock_transformers": family.stock is None,
-        "loaded_by": list(family.loaders),
+        "loaded_by": list(family.loaders_of(plan.after.config)),
         "trust_remote_code": is_per_layer(plan.after.config),
     }
 
