@@ -180,7 +180,9 @@ class PruneKeywords(StepKeywords, total=False):
     vLLM alone).
     """
     criterion: str
-    """How units are ranked: wanda, obs, flap, activation, magnitude, random."""
+    """How units are ranked: wanda, obs, flap, activation, taylor, fisher, magnitude, random."""
+    gradient_samples: int
+    """Calibration windows, at most, that the backward pass of taylor and fisher sees."""
     refit: bool
     """Refit the reading matrix by least squares from the original weights."""
     damping: float

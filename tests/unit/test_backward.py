@@ -21,12 +21,11 @@ from compress.arch.rope import arranged
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.reader import Reader
 from compress.errors import MachineError
-from compress.stream import GRADIENTS, Statistic, backward, tape
+from compress.stream import GRADIENTS, backward, tape
 from compress.stream.arranged import stock_view
 from compress.stream.backward import Found, gradients
 from compress.stream.forward import Stream
-from tests import tiny
-from tests.stock import load
+from tests import brute, tiny
 
 STOCK = [name for name in FAMILIES if name != "glm4v_native"]  # which stock transformers does not load
 
@@ -63,62 +62,6 @@ def found(folder: Path, ids: torch.Tensor, **more: Any) -> Found:
         return gradients(stream, ids, groups_of(folder), GRADIENTS, **more)
 
 
-def by_autograd(folder: Path, ids: torch.Tensor) -> tuple[Found, dict[tuple[int, str], torch.Tensor]]:
-    """The same by the definitions, window by window, with the whole stock model; and every E[g g^T]."""
-    stock, header = load(folder), read_header(folder)
-    family, groups = family_of(header), groups_of(folder)[0]
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
-    layers = [stock.get_submodule(family.prefix(index)[:-1]) for index in range(family.sizes(header).layers)]
-    weights = {
-        (i, cut.tensor): layers[i].get_parameter(cut.tensor)
-        for i in range(len(layers))
-        for g in groups
-        for cut in g.cuts
-    }
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    masks = {(i, g.name): torch.ones(g.units, requires_grad=True) for i in range(len(layers)) for g in groups}
-    outs: dict[tuple[int, str], torch.Tensor] = {}
-    for i, layer in enumerate(layers):
-        for g in groups:
-            reader = layer.get_submodule(g.reader)
-            reader.register_forward_pre_hook(
-                lambda m, a, k=(i, g.name), w=g.width: (a[0] * masks[k].repeat_interleave(w),)
-            )
-            reader.register_forward_hook(lambda m, a, o, k=(i, g.name): outs.update({k: o}))
-    slopes = {key: torch.zeros_like(value) for key, value in weights.items()}
-    fisher = {key: torch.zeros_like(value) for key, value in masks.items()}
-    matrices: dict[tuple[int, str], torch.Tensor] = {}
-    for window in ids.split(1):
-        logits = stock(input_ids=window, use_cache=False).logits[0, :-1].float()
-        summed = torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum")
-        keys, leaves = [*weights, *masks, *outs], [*weights.values(), *masks.values(), *outs.values()]
-        got = torch.autograd.grad(summed, leaves)
-        for key, slope in zip(keys[: len(weights)], got, strict=False):
-            slopes[key] += slope / tokens
-        for key, slope in zip(masks, got[len(weights) :], strict=False):
-            fisher[key] += (slope / (ids.shape[1] - 1)).square() / len(ids)
-        for key, slope in zip(outs, got[len(weights) + len(masks) :], strict=True):
-            matrices[key] = matrices.get(key, 0) + slope[0].T @ slope[0] / tokens
-    expected: Found = []
-    for i in range(len(layers)):
-        expected.append({})
-        for g in groups:
-            taylor = torch.zeros(g.units)
-            for unit in range(g.units):
-                for cut in g.cuts:
-                    mine = slice(cut.offset + unit * cut.width, cut.offset + (unit + 1) * cut.width)
-                    product = (weights[i, cut.tensor].detach() * slopes[i, cut.tensor]).abs()
-                    taylor[unit] += (product[mine] if cut.axis == 0 else product[:, mine]).sum()
-            seen: dict[Statistic, torch.Tensor] = {
-                "taylor": taylor,
-                "fisher": fisher[i, g.name],
-                "output_fisher": matrices[i, g.name].diagonal(),
-            }
-            expected[i][g.name] = seen
-    return expected, matrices
-
-
 def same(got: Found, expected: Found, rtol: float = 1e-4) -> None:
     assert [list(layer) for layer in got] == [list(layer) for layer in expected]
     for index, layer in enumerate(expected):
@@ -138,7 +81,7 @@ def test_it_is_autograd_on_the_whole_model(family: str, models: Path, monkeypatc
     monkeypatch.setattr(backward, "vocab_rows", lambda hidden: 100)  # 384 rows in four blocks
     folder, matrices = model(models, family), dict[tuple[int, str], torch.Tensor]()
     got = found(folder, windows(), full=lambda layer, group, matrix: matrices.update({(layer, group): matrix}))
-    expected, full = by_autograd(folder, windows())
+    expected, full = brute.gradients(folder, windows())
     same(got, expected)
     assert matrices.keys() == full.keys()
     for key, matrix in full.items():
@@ -162,7 +105,7 @@ def test_rows_in_another_order_give_the_same(models: Path) -> None:
     save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
     (twin / "config.json").write_text(json.dumps(config))
     assert orders
-    same(got, by_autograd(twin, ids)[0])
+    same(got, brute.gradients(twin, ids)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -68,6 +68,7 @@ HEAVY = {
     "compress.steps.distill.saved",
     "compress.steps.distill.trainer",
     "compress.steps.evaluate.run",
+    "compress.steps.prune.gradients",
     "compress.steps.prune.run",
     "compress.steps.prune.scores",
     "compress.steps.prune.surgery",

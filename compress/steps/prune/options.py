@@ -81,6 +81,9 @@ class PruneOptions(StepOptions):
     criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
         "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
     )
+    gradient_samples: Count = Field(
+        16, description="Calibration windows, at most, that the backward pass of taylor and fisher sees."
+    )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."

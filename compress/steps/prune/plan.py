@@ -11,6 +11,7 @@ from compress.checkpoint.layout import files_bytes
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keep, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -51,6 +52,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     after = cut.planned(rewrite.config(cut.config), cut.tensors.values())
     share = decoder.removed(keep) / decoder.matrix_parameters
     parameters, nbytes = measure(keep)
+    first = ahead(options, before, family, _layer_parameters(before), context)
     return PrunePlan(
         kind="prune",
         options=options,
@@ -58,12 +60,14 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, context, before),
-        scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
+        memory=_memory(sizes, context, before, first),
+        # hidden states, and the next before the last ones go
+        scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch),
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *chosen,
             *_label_notes(family, family_of(after), why),
+            *first.notes,
             *_refit_note(options, sizes, keep, context),
         ),
         keep=keep,
@@ -128,17 +132,22 @@ def _cut(before: Header, family: Family, groups: Mapping[str, Group], keep: Keep
     return before.planned(family.with_units(before.config, changes), tensors.values())
 
 
-def _memory(sizes: Sizes, context: PlanContext, before: Header) -> int:
-    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch."""
+def _layer_parameters(before: Header) -> int:
+    return sum(s.parameters for s in before.tensors.values() if s.name.startswith(family_of(before).prefix(0)))
+
+
+def _memory(sizes: Sizes, context: PlanContext, before: Header, first: Ahead) -> int:
+    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; or what
+    is done first."""
     data = context.data["calibration"]
     tokens = _tokens(context)
-    layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(family_of(before).prefix(0)))
+    layer = _layer_parameters(before)
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)
     solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
-    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary)
+    alive = max(4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary), first.memory)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
 

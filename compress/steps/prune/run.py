@@ -24,13 +24,14 @@ from compress.errors import UserError
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import cut_error, damping_vector, refit
-from compress.steps.prune import scores
+from compress.steps.prune import gradients, scores
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.prune.scores import Chosen
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.types import Job, Outcome
-from compress.stream import Statistic
+from compress.stream import GRADIENTS, Statistic
+from compress.stream.backward import Found
 from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
 
@@ -108,7 +109,8 @@ class _Pruner:
         self.groups = [g for g in family.groups(sizes, plan.before.text_config) if plan.keep[g.name] < g.units]
         self.names = tuple(family.layer(sizes, plan.before.text_config))
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
-        self.wanted = self.criterion.needs | refits if self.groups else frozenset()
+        self.wanted = (self.criterion.needs - GRADIENTS) | refits if self.groups else frozenset()
+        self.gradients: Found = []  # of the layers to come
         self.chosen: list[dict[str, Chosen]] = []
 
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
@@ -140,20 +142,31 @@ class _Pruner:
         first layer that is not done: those an earlier run has left, else the embeddings."""
         state = None if self.job.ledger is None else self.job.ledger.load()
         if state is None or not self.writer.kept:
-            return (self.before.embed(ids) if self.wanted else None), self.probe.embed(probe_ids)
+            return self._first(ids, probe_ids)
         facts, tensors = state.facts, state.tensors
+        self.gradients = gradients.restored(tensors, self.before.layers)
         self.chosen = scores.restored(tensors, facts["errors"])
         self.writer.resume(facts["written"])
         self.packer.restore(facts["packed"])
-        self.job.progress.note(f"going on after {len(self.chosen)} layers, where an earlier run ended")
+        done = f"{len(self.chosen)} layers" if self.chosen else "the backward pass"
+        self.job.progress.note(f"going on after {done}, where an earlier run ended")
         return tensors.get("hidden"), tensors["probe"]
+
+    def _first(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What `_begin` gives a run that starts, after the backward pass of the criterion, if it needs one."""
+        groups, needs = [self.groups] * self.before.layers, self.criterion.needs
+        self.gradients = gradients.gathered(self.job, self.options, self.streamed, self.before, ids, groups, needs)
+        hidden, probe = (self.before.embed(ids) if self.wanted else None), self.probe.embed(probe_ids)
+        if any(self.gradients):
+            self._save(hidden, probe)
+        return hidden, probe
 
     def _save(self, hidden: torch.Tensor | None, probe: torch.Tensor) -> None:
         """Leave a state for a later run, if it is time."""
         if self.job.ledger is None or not self.job.ledger.due():
             return
         self.writer.sync()
-        tensors = {**scores.tensors(self.chosen), "probe": probe}
+        tensors = {**scores.tensors(self.chosen), **gradients.tensors(self.gradients), "probe": probe}
         if hidden is not None:
             tensors["hidden"] = hidden
         written = sorted(self.writer.written)
@@ -168,6 +181,8 @@ class _Pruner:
         for group in self.groups:
             what = f"layer {index} {group.name}"
             statistics = found.pop(group.name, {})
+            for kind, value in self.gradients[index].pop(group.name, {}).items():
+                statistics[kind] = value.to(self.streamed.device)
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
             ranking = self._rank(seen)
@@ -191,10 +206,9 @@ class _Pruner:
         """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
         ranking = self.rank(seen, self.options.damping)
         if not bool(torch.isfinite(ranking.cost).all()):
-            raise UserError(
-                f"{seen.name}: costs by {self.options.criterion} are NaN or infinite: "
-                f"{'activations' if self.criterion.needs else 'weights'} overflow"
-            )
+            needs = self.criterion.needs
+            what = "gradients" if needs & GRADIENTS else "activations" if needs else "weights"
+            raise UserError(f"{seen.name}: costs by {self.options.criterion} are NaN or infinite: {what} overflow")
         return ranking
 
     def _statistics(
