@@ -48,7 +48,12 @@ class Task:
         """The groups that lose units."""
         sizes = self.family.sizes(self.plan.before)
         groups = self.family.groups(sizes, self.plan.before.text_config)
-        return [group for group in groups if self.plan.keep[group.name] < group.units]
+        return [group for group in groups if self.keep[group.name] < group.units]
+
+    @property
+    def keep(self) -> Mapping[str, int]:
+        """What stays in every layer: peers are compared at uniform widths."""
+        return self.plan.keep[0]
 
     @property
     def layers(self) -> range:
@@ -165,7 +170,7 @@ def _cut_model(
     for index in task.layers:
         tensors = task.layer(state, index)
         for group in task.groups:
-            keep = select(ranking_by_score(scores[index, group.name]), group, task.plan.keep[group.name])
+            keep = select(ranking_by_score(scores[index, group.name]), group, task.keep[group.name])
             if means is not None:
                 gone = torch.ones(group.units * group.width, dtype=torch.bool)
                 gone[columns(keep, group.width)] = False
@@ -198,7 +203,7 @@ def _torch_pruning(task: Task, importance: str) -> Any:
             example_inputs={"input_ids": task.ids[:1, :16]},
             importance=getattr(torch_pruning.importance, importance)(),
             # it keeps int(width * (1 - ratio)) channels: aim at the middle, or rounding loses one
-            pruning_ratio=1 - (task.plan.keep["ffn"] + 0.5) / sizes.ffn,
+            pruning_ratio=1 - (task.keep["ffn"] + 0.5) / sizes.ffn,
             ignored_layers=others,
             in_channel_groups={},
             out_channel_groups={},

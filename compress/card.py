@@ -15,9 +15,14 @@ import yaml
 from compress.arch import described
 from compress.checkpoint.demo import DEMOS
 from compress.checkpoint.headers import read_json
+from compress.checkpoint.per_layer import FILE, is_per_layer
 from compress.data import has_template
 from compress.formats import format_named
 
+REMOTE = (
+    f"**It needs `trust_remote_code=True`**: its layers differ in width, and `{FILE}` in this folder (read it: it is "
+    "short) builds them from the stock classes of transformers."
+)
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
@@ -128,17 +133,20 @@ def _how(receipt: dict[str, Any], source: Path) -> list[str]:
     said: dict[str, Any] = {"stock_transformers": family.stock is None, "loaded_by": list(family.loaders)}
     for step in receipt["steps"]:  # a prune step may write another family than its input's
         said = step if "loaded_by" in step else said
+    trusted = bool(said.get("trust_remote_code", is_per_layer(config)))
     last = "`recipe.yaml` repeats the run; `receipt.json` holds digests, options, seeds and metrics."
     if not said["stock_transformers"]:
         others = " and ".join(said["loaded_by"])
         return [f"Stock transformers does not load this folder; {others} loads it while it is unquantized.", "", last]
     formats = [step["options"]["format"] for step in receipt["steps"] if "format" in step["options"]]
     noisy = format_named(formats[-1]).noisy if formats else ""
-    return ["```python", *_python(auto_class(config), has_template(source), noisy), "```", "", last]
+    program = ["```python", *_python(auto_class(config), has_template(source), noisy, trusted), "```", ""]
+    return [*([REMOTE, ""] if trusted else []), *program, last]
 
 
-def _python(auto: str, chat: bool, noisy: str) -> list[str]:
-    """A program that prints an answer of the model; `noisy`: a logger that would print a line at every product."""
+def _python(auto: str, chat: bool, noisy: str, trusted: bool) -> list[str]:
+    """A program that prints an answer of the model; `noisy`: a logger that would print a line at every product;
+    `trusted`: the folder's own code is needed."""
     quieted = [f'logging.getLogger("{noisy}").setLevel(logging.ERROR)  # it warns at every product', ""]
     ask = [
         'chat = [{"role": "user", "content": "What is the capital of France?"}]',
@@ -153,7 +161,7 @@ def _python(auto: str, chat: bool, noisy: str) -> list[str]:
         *(quieted if noisy else []),
         'folder = "."  # where this file lies',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f"model = {auto}.from_pretrained(folder)",
+        f"model = {auto}.from_pretrained(folder{', trust_remote_code=True' if trusted else ''})",
         *(ask if chat else ['inputs = tokenizer("The capital of France is", return_tensors="pt")']),
         "answer = model.generate(**inputs.to(model.device), max_new_tokens=64)",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',

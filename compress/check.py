@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compress.arch import Family, family_of
+from compress.checkpoint import per_layer
 from compress.checkpoint.headers import DTYPE_BYTES, Header, read_json
 from compress.checkpoint.reader import TORCH_DTYPES, Reader
 from compress.checkpoint.stock import stock_class
@@ -73,6 +74,7 @@ def _told(error: Exception) -> str:
 
 def _stock_keys(folder: Path, family: Family) -> str:
     raw = read_json(folder / "config.json")
+    per_layer.check_file(folder, raw)
     equal = None if family.stock is None else family.stock.config(raw)
     kind = stock_class(equal or raw, folder)
     given = {} if equal is None else {"config": stock_config(equal)}
@@ -131,7 +133,7 @@ def _stock_load(folder: Path, family: Family, after: Header, ids: torch.Tensor, 
 def _loadable(family: Family, after: Header, ids: torch.Tensor, memory: int) -> int:
     """How many of the first layers a stock load may have: the loader holds what is stored, mapped and copied, and for
     packed linears the weights that it restores."""
-    sizes, prefix = family.sizes(after), family.prefix(0)
+    sizes, prefix = family.sizes(after), family.prefix(family.widest(after))
     width, logical = DTYPE_BYTES[after.dtype], format_of(after).logical(after)
     layer = sum(2 * t.nbytes for name, t in after.tensors.items() if name.startswith(prefix))
     layer += sum(width * t.parameters for name, t in logical.items() if name.startswith(prefix))

@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.arch import FAMILIES, FLAVOURS, Family, Sizes, described, family_of
 from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.source import locate
 from compress.formats import format_of, is_quantized
 from compress.machine import Progress, Silent
@@ -25,11 +26,12 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
     stored, quantized = format_of(header), is_quantized(header)
     tensors = stored.logical(header)
     decoder = [t for name, t in tensors.items() if name.startswith(f"{family.text}.layers.")]
+    layers = [{g.name: g.units for g in family.groups(own, header.text_config)} for own in family.layers(header)]
     shapes = family.layer(sizes, header.text_config)
     groups = [
         {
             "group": group.name,
-            "units_per_layer": group.units,
+            "units_per_layer": one_or_each([units[group.name] for units in layers]),
             "step": group.units // group.balance if group.name == "heads" else 1,
             "multiple": group.units // group.balance if group.name == "heads" else width_multiple(sizes.hidden),
             "parameters_per_unit": group.parameters_per_unit(shapes),
@@ -41,6 +43,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
         "model": source.name,
         "model_type": family.model_type,
         "architecture": family.architecture,
+        "trust_remote_code": is_per_layer(header.config),
         "format": stored.name,
         "dtype": header.dtype,
         "parameters": stored.parameters(header, family),

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.arch import Family, family_of
+from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
+from compress.checkpoint.per_layer import one_or_each
 from compress.checkpoint.source import Source, locate
 from compress.data import BUILTIN, TOKENIZERS, DataSpec, Part, check, sources
 from compress.errors import GateError, MachineError, UserError
@@ -62,12 +64,12 @@ class Plan:
         return found
 
     def _step(self, index: int, step: StepPlan) -> dict[str, Any]:
-        before, after = (family_of(header).sizes(header) for header in (step.before, step.after))
+        before, after = (family_of(header).layers(header) for header in (step.before, step.after))
         found: dict[str, Any] = {
             "step": f"{index + 1}-{step.kind}",
             "options": step.options.model_dump(mode="json", exclude_none=True),
-            "ffn": [before.ffn, after.ffn],
-            "heads": [before.heads, after.heads],
+            "ffn": [one_or_each([sizes.ffn for sizes in layers]) for layers in (before, after)],
+            "heads": [one_or_each([sizes.heads for sizes in layers]) for layers in (before, after)],
             "parameters": step.parameters,
             "bytes": step.nbytes,
             "notes": list(step.notes),
@@ -219,6 +221,7 @@ def _checkpoint(
     try:
         source = locate(spec, progress=progress or Silent())
         header = read_header(source.folder)
+        per_layer.check_file(source.folder, header.config)
         wrong = check_shapes(source.folder, family_of(header), header)
     except UserError as problem:
         complaints.add(key, problem.message, problem.hint)
@@ -285,8 +288,12 @@ def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:
     found = header.tensors if isinstance(stored, Plain) else stored.logical(header)
     wrong = []
     named = header.config.get("architectures")
-    if named != [family.architecture]:
-        wrong.append(f"config.json: architectures must be ['{family.architecture}'], found {named!r}")
+    layered = per_layer.is_per_layer(header.config)
+    needed = f"{per_layer.PREFIX if layered else ''}{family.architecture}"
+    if named != [needed]:
+        wrong.append(f"config.json: architectures must be ['{needed}'], found {named!r}")
+    elif layered and not family.layered:
+        wrong.append(f"config.json: {per_layer.KEY}: layers of a {family.name} cannot differ")
     implied, prefix = family.shapes(header), f"{family.text}.layers."
     for name, shape in implied.items():
         if name not in found:

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from compress.arch import described, family_of
 from compress.card import auto_class
+from compress.checkpoint.per_layer import is_per_layer, span
 from compress.errors import CompressError, size
 from compress.machine import Progress, Silent, Task
 from compress.receipt import finite
@@ -172,8 +173,9 @@ class Screen(AbstractContextManager["Screen"]):
         """A row a step; below it why, and what the machine needs."""
         if self._json:
             return self._document(made.as_dict())
-        sizes = made.family.sizes(made.before)
-        what = f"{made.family.model_type}, {sizes.layers} layers, FFN {sizes.ffn}, heads {sizes.heads}/{sizes.kv_heads}"
+        sizes, layers = made.family.sizes(made.before), made.family.layers(made.before)
+        ffn, heads = span([each.ffn for each in layers]), span([each.heads for each in layers])
+        what = f"{made.family.model_type}, {sizes.layers} layers, FFN {ffn}, heads {heads}/{sizes.kv_heads}"
         rows = [["source", what, f"{made.parameters:,}", size(made.before.nbytes), "", ""]]
         for index, step in enumerate(made.steps):
             what, needs = changes(step), [size(step.memory), size(made.disk_of(index))]
@@ -294,14 +296,15 @@ def how_to_load(folder: Path) -> str:
     family = described(config)
     if family.stock is not None:
         return f"{' and '.join(family.loaders)}, while it is unquantized; stock transformers does not load this flavour"
-    return f"transformers.{auto_class(config)}.from_pretrained({str(folder)!r})"
+    trusted = ", trust_remote_code=True" if is_per_layer(config) else ""
+    return f"transformers.{auto_class(config)}.from_pretrained({str(folder)!r}{trusted})"
 
 
 def changes(step: StepPlan) -> str:
     """`FFN 1536 -> 1256, heads 9 -> 6`, or the options given when no shape changes."""
-    before, after = (family_of(header).sizes(header) for header in (step.before, step.after))
-    pairs = (("FFN", before.ffn, after.ffn), ("heads", before.heads, after.heads))
-    shapes = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+    sides = [family_of(header).layers(header) for header in (step.before, step.after)]
+    pairs = {"FFN": [[s.ffn for s in side] for side in sides], "heads": [[s.heads for s in side] for side in sides]}
+    shapes = [f"{name} {span(old)} -> {span(new)}" for name, (old, new) in pairs.items() if old != new]
     options = [f"{key} {value}" for key, value in step.options.model_dump(exclude_defaults=True).items()]
     return ", ".join(shapes or options) or "same shapes"
 

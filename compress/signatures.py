@@ -12,11 +12,12 @@ from compress.machine import Machine, Progress
 
 
 class InspectedGroup(TypedDict):
-    """Units that can be cut. `step`: units go in multiples of it; `multiple`: what stays is one of it where a share or
-    a target decides; `refitted`: the module whose inputs the units are."""
+    """Units that can be cut. `units_per_layer`: a list where layers differ; `step`: units go in multiples of it;
+    `multiple`: what stays is one of it where a share or a target decides; `refitted`: the module whose inputs the
+    units are."""
 
     group: str
-    units_per_layer: int
+    units_per_layer: int | list[int]
     step: int
     multiple: int
     parameters_per_unit: int
@@ -38,11 +39,13 @@ class InspectedCut(TypedDict):
 class Inspection(TypedDict):
     """What `inspect` finds. `bytes`: of the tensors as stored; `decoder_parameters`: those of the decoder layers.
 
-    `loaded_by`: who loads the model as it is; `cuts`: empty for a quantized model, which cannot be pruned."""
+    `trust_remote_code`: its layers differ in width; `loaded_by`: who loads the model as it is; `cuts`: empty for a
+    quantized model, which cannot be pruned."""
 
     model: str
     model_type: str
     architecture: str | None
+    trust_remote_code: bool
     format: str
     dtype: str
     parameters: int

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header
 from compress.errors import UserError
 
@@ -102,6 +104,7 @@ class Family:
     stock: for a family that stock transformers does not load, the rewrite under which its classes compute the same.
     vllm: what loads it in vLLM, where that was run and compared (docs/families.md); None where it was not.
     skip: module-name prefixes that quantization leaves alone.
+    layered: whether its layers may differ in width: its stock layer class takes a config and an index.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Family:
     stock: Rewrite | None = None
     vllm: str | None = None
     defaults: Mapping[str, int] = field(default_factory=dict)
+    layered: bool = False
 
     @property
     def loaders(self) -> tuple[str, ...]:
@@ -182,13 +186,38 @@ class Family:
             tied=bool(tied),
         )
 
+    def layers(self, header: Header) -> tuple[Sizes, ...]:
+        """The sizes of every decoder layer: `sizes`, with the heads and the FFN width that `per_layer_config` gives the
+        layer. UserError names what is wrong with that key."""
+        sizes = self.sizes(header)
+        own = per_layer.own_sizes(header.text_config, sizes.layers)
+
+        def of(index: int) -> Sizes:
+            said = own.get(index, {})
+            heads = said.get(per_layer.HEADS, sizes.heads)
+            if heads % sizes.kv_heads:
+                raise UserError(
+                    f"config.json: {per_layer.KEY}: {index}: {heads} attention heads do not divide into "
+                    f"{sizes.kv_heads} KV heads"
+                )
+            return replace(sizes, heads=heads, ffn=said.get(per_layer.FFN, sizes.ffn)) if said else sizes
+
+        return tuple(of(index) for index in range(sizes.layers))
+
+    def widest(self, header: Header) -> int:
+        """The index of a decoder layer that has the most parameters: what estimates of one layer's memory count."""
+        layers, config = self.layers(header), header.text_config
+        each = {own: sum(math.prod(shape) for shape in self.layer(own, config).values()) for own in set(layers)}
+        return max(range(len(layers)), key=lambda index: each[layers[index]])
+
     def shapes(self, header: Header) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of the text model that the config implies."""
         sizes, config = self.sizes(header), header.text_config
         shapes: dict[str, tuple[int, ...]] = {f"{self.text}.embed_tokens.weight": (sizes.vocab, sizes.hidden)}
-        layer = self.layer(sizes, config)
-        for index in range(sizes.layers):
-            shapes |= {self.prefix(index) + name: shape for name, shape in layer.items()}
+        layers = self.layers(header)
+        made = {own: self.layer(own, config) for own in set(layers)}
+        for index, own in enumerate(layers):
+            shapes |= {self.prefix(index) + name: shape for name, shape in made[own].items()}
         shapes[f"{self.text}.norm.weight"] = (sizes.hidden,)
         if not sizes.tied:
             shapes[f"{self.head}.weight"] = (sizes.vocab, sizes.hidden)
@@ -202,16 +231,16 @@ class Family:
         """The raw config with the first `layers` decoder layers only, and what it says of each layer cut to them."""
         deep, text = self.sizes(header).layers, header.text_config
         each = {key: said[:layers] for key, said in text.items() if isinstance(said, list) and len(said) == deep}
-        return self.with_units(header.config, {"num_hidden_layers": layers, **each})
+        own = per_layer.shallow(text, layers)
+        return self.with_units(header.config, {"num_hidden_layers": layers, **each, **own})
 
     def with_units(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the raw config with text sizes changed (`{"intermediate_size": 1128}`)."""
-        new = dict(config)
-        if isinstance(config.get("text_config"), Mapping):
-            new["text_config"] = {**config["text_config"], **changes}
-        else:
-            new.update(changes)
-        return new
+        return self.with_text(config, {**per_layer.text_of(config), **changes})
+
+    def with_text(self, config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of the raw config with `text` as the description of the decoder."""
+        return {**config, "text_config": dict(text)} if isinstance(config.get("text_config"), Mapping) else dict(text)
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -111,6 +111,7 @@ GLM4V = Family(
     groups=_groups,
     refuse=_derived_head_dim,
     skip=("lm_head", "model.visual"),
+    layered=True,
     unlike=lambda config: "head_dim" if _reads_head_dim(config) else None,
     rewrites=(PORTABLE_LABEL, NATIVE_LABEL),
     vllm="its own class",
@@ -124,6 +125,7 @@ GLM4V_NATIVE = replace(
     unlike=lambda config: None if _reads_head_dim(config) else "head_dim",
     rewrites=(PORTABLE_LABEL,),
     stock=PORTABLE_LABEL,
+    layered=False,  # vLLM's own class builds every layer alike
 )
 
 

@@ -73,6 +73,7 @@ LLAMA = Family(
     groups=_groups,
     refuse=_refuse,
     skip=("lm_head",),
+    layered=True,
     rewrites=(MISTRAL_LABEL,),
     vllm="its own class",
 )

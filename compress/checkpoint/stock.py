@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint import per_layer
 from compress.checkpoint.headers import read_json
 from compress.errors import UserError
 
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
 
 
 def stock_class(config: Mapping[str, Any], where: Path | str = "config.json") -> Any:
-    """The class of transformers that `architectures` names; UserError, which opens with `where`, if there is none."""
+    """The class of transformers that `architectures` names, or ours over one (per_layer); UserError, which opens with
+    `where`, if there is none."""
     import transformers
 
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
+    if isinstance(name, str) and name.startswith(per_layer.PREFIX) and per_layer.is_per_layer(config):
+        stock_class({"architectures": [per_layer.stock_name(name)]}, where)
+        return per_layer.load_class(per_layer.stock_name(name))
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if found is None:
         raise UserError(f"{where}: architectures names no class of transformers, found {names!r}")
@@ -37,7 +42,9 @@ def load_stock(folder: Path, dtype: torch.dtype) -> Any:
     """
     import torch
 
-    kind = stock_class(read_json(folder / "config.json"), folder / "config.json")
+    config = read_json(folder / "config.json")
+    per_layer.check_file(folder, config)
+    kind = stock_class(config, folder / "config.json")
     name = kind.__name__
     try:
         model, info = kind.from_pretrained(

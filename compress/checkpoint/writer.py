@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from compress.checkpoint import per_layer
 from compress.checkpoint.headers import INDEX, TensorSpec
 from compress.checkpoint.layout import SHARD_BYTES, Shard, layout
 from compress.checkpoint.reader import Reader, spec_of
@@ -172,7 +173,9 @@ class Writer:
             (self.partial / name).write_bytes(content)
 
     def config(self, config: Mapping[str, Any], source: Path) -> None:
-        """config.json; when nothing changed, the source's own bytes."""
+        """config.json (the source's own bytes when nothing changed), and where layers differ the code that loads."""
+        if per_layer.is_per_layer(config):
+            self.text(per_layer.FILE, per_layer.source(per_layer.stock_name(config["architectures"][0])))
         original = source / "config.json"
         if original.exists() and json.loads(original.read_text(encoding="utf-8")) == config:
             self.text("config.json", original.read_text(encoding="utf-8"))

@@ -70,8 +70,8 @@ def test_ratio_without_heads_is_taken_from_the_ffn(model: str, ratio: float, tmp
     config = step.before.config
     multiple = 256 if config["hidden_size"] >= 2048 else 8
     width = step.after.config["intermediate_size"]
-    assert width % multiple == 0 and width == step.keep["ffn"]
-    assert step.keep["heads"] == config["num_attention_heads"]
+    assert width % multiple == 0 and width == step.keep[0]["ffn"]
+    assert step.keep[0]["heads"] == config["num_attention_heads"]
     one_step = config["num_hidden_layers"] * 3 * config["hidden_size"] * multiple / before
     assert abs(step.removed - ratio) <= one_step / 2 * (1 + 1e-9)
     assert f"{step.removed:.2%} of the decoder layers' matrix parameters go" in step.notes
@@ -81,12 +81,12 @@ def test_ratio_without_heads_is_taken_from_the_ffn(model: str, ratio: float, tmp
 def test_ratio_with_heads_takes_the_rest_from_the_ffn(ratio: float, heads: float, left: int, tmp_path: Path) -> None:
     model = sparse.llama(tmp_path / "model")
     step = pruned(model, f"ratio: {ratio}, heads: {heads}")
-    assert step.keep["heads"] == step.after.config["num_attention_heads"] == left
+    assert step.keep[0]["heads"] == step.after.config["num_attention_heads"] == left
     assert (step.after.config["head_dim"], step.after.config["num_key_value_heads"]) == (64, 3)
     assert step.removed == pytest.approx(1 - matrices(step.after) / matrices(step.before), rel=1e-12)
     assert abs(step.removed - ratio) <= 3 * 576 * 8 / 2 / (matrices(step.before) / 30)
     alone = pruned(model, f"ratio: {ratio}")
-    assert step.keep["ffn"] > alone.keep["ffn"]  # the heads gave a part of it
+    assert step.keep[0]["ffn"] > alone.keep[0]["ffn"]  # the heads gave a part of it
     assert abs(step.removed - alone.removed) <= 3 * 576 * 8 / (matrices(step.before) / 30)
 
 
@@ -137,7 +137,7 @@ def test_fused_gate_and_up_lose_both_halves(tmp_path: Path) -> None:
 )
 def test_widths(model: str, options: str, width: int, tmp_path: Path) -> None:
     step = pruned(sparse.llama(tmp_path / "model", **MODELS[model]), options)
-    assert step.keep["ffn"] == step.after.config["intermediate_size"] == width
+    assert step.keep[0]["ffn"] == step.after.config["intermediate_size"] == width
 
 
 def test_each_step_is_planned_on_what_the_one_before_leaves(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_head_counts_that_stock_transformers_does_not_load_get_the_label_that_it
     assert said.startswith("written as mistral, because stock transformers loads a llama only if its heads divide hidd")
     assert "9 does not divide 640; 8 and 10 do; mistral is the same block" in said
     eight = pruned(ten, "heads: 0.2")
-    assert eight.after.config["model_type"] == "llama" and eight.keep["heads"] == 8
+    assert eight.after.config["model_type"] == "llama" and eight.keep[0]["heads"] == 8
     assert not [note for note in eight.notes if note.startswith("written as")]
 
 

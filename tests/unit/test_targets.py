@@ -71,7 +71,7 @@ def test_the_widest_ffn_within_a_number_of_parameters(
     options: str, heads: int, ffn: int, parameters: int, glm: Path
 ) -> None:
     step = pruned(glm, options)
-    assert dict(step.keep) == {"heads": heads, "ffn": ffn}
+    assert dict(step.keep[0]) == {"heads": heads, "ffn": ffn}
     assert step.parameters == parameters == sum(t.parameters for t in step.after.tensors.values())
     said = note(step)
     assert f"FFN {ffn}: {parameters:,} parameters, the largest not above it" in said
@@ -92,7 +92,7 @@ def test_the_widest_ffn_within_a_number_of_bytes(target: str, shard: int, llama:
     limit = PruneOptions.model_validate({"bytes": target}).bytes
     assert limit is not None and isinstance(step, PrunePlan)
     assert step.nbytes == files_bytes(step.after.tensors.values(), shard) <= limit
-    width = step.keep["ffn"]
+    width = step.keep[0]["ffn"]
     wider = loads(f"model: {llama}\nsteps:\n  - prune: {{keep_ffn: {width + 8}, keep_heads: 6}}\n")
     assert make_plan(wider, Machine(1), check_machine=False, shard_bytes=shard).steps[0].nbytes > limit
     assert f"FFN {width}: {step.parameters:,} parameters, {step.nbytes:,} bytes, the largest not above it" in note(step)
@@ -115,7 +115,7 @@ def test_no_other_width_is_nearer_below(heads: int, params: int, llama: Path) ->
         assert f"is FFN {best}: {sizes[best]:,} parameters" in refusal(llama, f"params: {params}, keep_heads: {heads}")
     else:
         step = pruned(llama, f"params: {params}, keep_heads: {heads}")
-        assert (step.keep["ffn"], step.parameters) == (best, sizes[best])
+        assert (step.keep[0]["ffn"], step.parameters) == (best, sizes[best])
 
 
 @pytest.mark.parametrize(

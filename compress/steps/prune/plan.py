@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
+from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.data import expected_tokens
@@ -13,16 +14,18 @@ from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.widths import Decoder, Keep, resolve
+from compress.steps.prune.widths import Decoder, Keeps, Layer, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
+
+_NARROW = "stock transformers was not shown to load such a checkpoint of it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan(StepPlan):
-    """`keep`: units that stay in every layer, by group name. `removed`: share of the decoder layers' attention + FFN
+    """`keep`: units that stay, layer by layer, by group name. `removed`: share of the decoder layers' attention + FFN
     matrix parameters that goes. The families of `before` and `after` may differ (Family.rewrites)."""
 
-    keep: Keep
+    keep: Keeps
     removed: float
 
 
@@ -32,25 +35,28 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         complain("", "the model is already quantized; prune before quantizing")
         return None
     family = family_of(before)
-    sizes = family.sizes(before)
-    groups = {group.name: group for group in family.groups(sizes, before.text_config)}
+    layers = layers_of(before, family)
 
-    def measure(keep: Keep) -> tuple[int, int]:
-        cut = _cut(before, family, groups, keep)
+    def measure(keep: Keeps) -> tuple[int, int]:
+        cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
-    decoder = Decoder(sizes, groups, family.layer(sizes, before.text_config), measure)
+    decoder = Decoder(layers, measure)
     resolved = resolve(options, decoder, complain)
     if resolved is None:
         return None
     keep, chosen = resolved
-    label = _label(family, before, replace(sizes, heads=keep["heads"], ffn=keep["ffn"]), options, complain)
+    label = _label(family, before, layers, keep, options, complain)
     if label is None:
         return None
     rewrite, why = label
-    cut = _cut(before, family, groups, keep)
-    after = cut.planned(rewrite.config(cut.config), cut.tensors.values())
+    cut = _cut(before, family, layers, keep)
+    after = cut.planned(per_layer.marked(rewrite.config(cut.config)), cut.tensors.values())
+    if per_layer.is_per_layer(after.config) and not family_of(after).layered:
+        complain("", f"layers of a {family_of(after).name} cannot differ in width; {_NARROW}")
+        return None
     share = decoder.removed(keep) / decoder.matrix_parameters
+    sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
     first = ahead(options, before, family, _layer_parameters(before), context)
     return PrunePlan(
@@ -67,8 +73,9 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *chosen,
             *_label_notes(family, family_of(after), why),
+            *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *first.notes,
-            *_refit_note(options, sizes, keep, context),
+            *_refit_note(options, decoder, keep, context),
         ),
         keep=keep,
         removed=share,
@@ -84,18 +91,41 @@ def cut_shape(shape: tuple[int, ...], name: str, group: Group, keep: int) -> tup
     return tuple(new)
 
 
+def layers_of(header: Header, family: Family) -> tuple[Layer, ...]:
+    """What can be cut in every layer; layers of the same sizes are one object."""
+    config, sizes = header.text_config, family.layers(header)
+    made = {
+        own: Layer(own, {group.name: group for group in family.groups(own, config)}, family.layer(own, config))
+        for own in set(sizes)
+    }
+    return tuple(made[own] for own in sizes)
+
+
 def _label(
-    family: Family, before: Header, sizes: Sizes, options: PruneOptions, complain: Complain
+    family: Family,
+    before: Header,
+    layers: Sequence[Layer],
+    keep: Keeps,
+    options: PruneOptions,
+    complain: Complain,
 ) -> tuple[Rewrite, str] | None:
-    """The label under which `sizes` can be loaded, and why it is another one; None after a complaint."""
-    if sizes.heads == family.sizes(before).heads:
-        return SAME, ""
-    rewrite, why = family.label(before.config, sizes, options.flavour)
-    if rewrite is None:
-        key = "heads" if options.heads is not None else "keep_heads"
-        complain("flavour" if any(r.flavour for r in family.rewrites) else key, why)
-        return None
-    return rewrite, why
+    """The label under which every layer can be loaded, and why it is another one; None after a complaint."""
+    found = SAME, ""
+    seen = {
+        replace(layer.sizes, heads=each["heads"], ffn=each["ffn"]): layer.sizes.heads
+        for layer, each in zip(layers, keep, strict=True)
+    }
+    for sizes, heads in seen.items():
+        if sizes.heads == heads:
+            continue
+        rewrite, why = family.label(before.config, sizes, options.flavour)
+        if rewrite is None:
+            key = "heads" if options.heads is not None else "keep_heads"
+            complain("flavour" if any(r.flavour for r in family.rewrites) else key, why)
+            return None
+        if rewrite is not SAME:
+            found = rewrite, why
+    return found
 
 
 def _label_notes(before: Family, after: Family, why: str) -> list[str]:
@@ -108,32 +138,38 @@ def _label_notes(before: Family, after: Family, why: str) -> list[str]:
     return notes
 
 
-def _cut(before: Header, family: Family, groups: Mapping[str, Group], keep: Keep) -> Header:
+def _cut(before: Header, family: Family, layers: Sequence[Layer], keep: Keeps) -> Header:
     """The header with the kept units alone, under the label it has."""
-    sizes = family.sizes(before)
     tensors = dict(before.tensors)
-    for index in range(sizes.layers):
+    for index, (layer, each) in enumerate(zip(layers, keep, strict=True)):
         prefix = family.prefix(index)
-        for group in groups.values():
+        for group in layer.groups.values():
             for name in {cut.tensor for cut in group.cuts}:
                 spec = tensors[prefix + name]
-                shape = cut_shape(spec.shape, name, group, keep[group.name])
+                shape = cut_shape(spec.shape, name, group, each[group.name])
                 tensors[prefix + name] = TensorSpec(spec.name, spec.dtype, shape)
-    changes: dict[str, int] = {}
-    if keep["ffn"] != sizes.ffn:
-        changes["intermediate_size"] = keep["ffn"]
-    if keep["heads"] != sizes.heads:
+    sizes, changes = family.sizes(before), {}
+    if any(each["heads"] < layer.sizes.heads for layer, each in zip(layers, keep, strict=True)):
         # without explicit keys, stock code would derive another head_dim and KV count from fewer heads
-        changes |= {
-            "num_attention_heads": keep["heads"],
-            "num_key_value_heads": sizes.kv_heads,
-            "head_dim": sizes.head_dim,
-        }
-    return before.planned(family.with_units(before.config, changes), tensors.values())
+        changes = {"num_key_value_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
+    text = per_layer.with_layers(before.text_config, _told_layers(before, sizes, keep, bool(changes)))
+    return before.planned(family.with_text(before.config, {**text, **changes}), tensors.values())
+
+
+def _told_layers(before: Header, sizes: Sizes, keep: Keeps, fewer_heads: bool) -> list[dict[str, int]]:
+    """What config.json says of each layer; keys about which it has nothing new to say are left as they are."""
+    differ = per_layer.is_per_layer(before.config)
+    narrower = differ or any(each["ffn"] != sizes.ffn for each in keep)
+    keys = {per_layer.FFN: "ffn"} if narrower else {}
+    keys |= {per_layer.HEADS: "heads"} if differ or fewer_heads else {}
+    return [{key: each[group] for key, group in keys.items()} for each in keep]
 
 
 def _layer_parameters(before: Header) -> int:
-    return sum(s.parameters for s in before.tensors.values() if s.name.startswith(family_of(before).prefix(0)))
+    """Parameters of the largest layer."""
+    family = family_of(before)
+    prefix = family.prefix(family.widest(before))
+    return sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
 
 
 def _memory(sizes: Sizes, context: PlanContext, before: Header, first: Ahead) -> int:
@@ -157,9 +193,12 @@ def _tokens(context: PlanContext) -> int:
     return expected_tokens(context.data["calibration"], "calibration")
 
 
-def _refit_note(options: PruneOptions, sizes: Sizes, keep: Keep, context: PlanContext) -> list[str]:
+def _refit_note(options: PruneOptions, decoder: Decoder, keep: Keeps, context: PlanContext) -> list[str]:
     data = context.data["calibration"]
-    widest = max((n for n, kept in ((sizes.ffn, keep["ffn"]), (sizes.heads * sizes.head_dim, 0)) if kept != n))
+    refitted = [
+        layer.sizes.ffn for layer, each in zip(decoder.layers, keep, strict=True) if each["ffn"] < own(layer, "ffn")
+    ]
+    widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
     if not options.refit or data.samples is None:
         return []
     per_column = data.samples * data.length / widest

@@ -15,6 +15,7 @@ import torch
 
 from compress.arch import family_of
 from compress.arch.rope import arranged, row_orders
+from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
 from compress.criteria import CRITERIA, GroupView, Ranking
@@ -26,7 +27,7 @@ from compress.formats.packing import Packer
 from compress.solve import cut_error, damping_vector, refit
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.plan import PrunePlan
+from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.types import Job, Outcome
@@ -63,7 +64,7 @@ def run(job: Job) -> Outcome:
         writer.file(f"{folder}/importance.safetensors", tensors)
         writer.text(f"{folder}/importance.json", json.dumps(document, indent=1) + "\n")
     receipt = {
-        "keep": dict(plan.keep),
+        "keep": {name: one_or_each([keep[name] for keep in plan.keep]) for name in plan.keep[0]},
         "removed": plan.removed,
         **_loading(plan),
         "precision": pruner.why,
@@ -103,13 +104,17 @@ class _Pruner:
             self.packer = Packer(writer, how, decoder_linears(plan.after, made), job.machine.threads)
         # the probe runs in float32 whatever the statistics run in: the self-check compares it exactly
         self.probe = open_stream(self.packer.written(reader, after), torch.float32)
-        sizes = family.sizes(plan.before)
         # units are chosen and cut in the order that the source has; what is left goes into the order of its new family
-        self.orders = row_orders(made.sizes(plan.after), plan.after.text_config, family.rope, made.rope)
-        self.groups = [g for g in family.groups(sizes, plan.before.text_config) if plan.keep[g.name] < g.units]
-        self.names = tuple(family.layer(sizes, plan.before.text_config))
+        text = plan.after.text_config
+        self.orders = [row_orders(sizes, text, family.rope, made.rope) for sizes in made.layers(plan.after)]
+        layers = layers_of(plan.before, family)
+        self.groups = [
+            [group for group in layer.groups.values() if keep[group.name] < group.units]
+            for layer, keep in zip(layers, plan.keep, strict=True)
+        ]
+        self.names = tuple(layers[0].shapes)
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
-        self.wanted = (self.criterion.needs - GRADIENTS) | refits if self.groups else frozenset()
+        self.wanted = (self.criterion.needs - GRADIENTS) | refits if any(self.groups) else frozenset()
         self.gradients: Found = []  # of the layers to come
         self.chosen: list[dict[str, Chosen]] = []
 
@@ -154,8 +159,8 @@ class _Pruner:
 
     def _first(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What `_begin` gives a run that starts, after the backward pass of the criterion, if it needs one."""
-        groups, needs = [self.groups] * self.before.layers, self.criterion.needs
-        self.gradients = gradients.gathered(self.job, self.options, self.streamed, self.before, ids, groups, needs)
+        needs = self.criterion.needs
+        self.gradients = gradients.gathered(self.job, self.options, self.streamed, self.before, ids, self.groups, needs)
         hidden, probe = (self.before.embed(ids) if self.wanted else None), self.probe.embed(probe_ids)
         if any(self.gradients):
             self._save(hidden, probe)
@@ -178,7 +183,7 @@ class _Pruner:
         tensors = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         found = self._statistics(index, tensors, hidden) if hidden is not None else {}
         picked: dict[str, Chosen] = {}
-        for group in self.groups:
+        for group in self.groups[index]:
             what = f"layer {index} {group.name}"
             statistics = found.pop(group.name, {})
             for kind, value in self.gradients[index].pop(group.name, {}).items():
@@ -186,7 +191,7 @@ class _Pruner:
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
             ranking = self._rank(seen)
-            keep = select(ranking, group, self.plan.keep[group.name])
+            keep = select(ranking, group, self.plan.keep[index][group.name])
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
             tensors = cut(tensors, group, keep)
@@ -200,7 +205,7 @@ class _Pruner:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
             picked[group.name] = Chosen(Ranking(ranking.order.cpu(), ranking.cost.cpu()), keep.cpu(), error, before)
         self.chosen.append(picked)
-        return {name: arranged(name, value, self.orders) for name, value in tensors.items()}
+        return {name: arranged(name, value, self.orders[index]) for name, value in tensors.items()}
 
     def _rank(self, seen: GroupView) -> Ranking:
         """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
@@ -215,8 +220,11 @@ class _Pruner:
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
     ) -> dict[str, dict[Statistic, torch.Tensor]]:
         """What is wanted of the readers' inputs, by group."""
-        gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in self.groups}
-        readers = {g.reader: gathered[g.name] for g in self.groups}
+        groups = self.groups[index]
+        if not groups:
+            return {}
+        gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
+        readers = {g.reader: gathered[g.name] for g in groups}
         with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
             self.before.advance(layer, hidden, keep=False)
         return {name: each.results() for name, each in gathered.items()}
@@ -230,6 +238,7 @@ def _loading(plan: PrunePlan) -> dict[str, Any]:
         "rope_layout": family.rope,
         "stock_transformers": family.stock is None,
         "loaded_by": list(family.loaders),
+        "trust_remote_code": is_per_layer(plan.after.config),
     }
 
 

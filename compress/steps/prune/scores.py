@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from compress.checkpoint.per_layer import one_or_each
 from compress.criteria import CRITERIA, Ranking
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.plan import PrunePlan
+from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.types import Job
 
 
@@ -66,13 +67,21 @@ def _restored(found: Mapping[str, torch.Tensor], prefix: str, said: Mapping[str,
 
 def document(job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, digest: str) -> dict[str, Any]:
     """importance.json. `digest`: of the calibration text."""
-    groups = job.family.groups(job.family.sizes(plan.before), plan.before.text_config)
+    layers = [layer.groups for layer in layers_of(plan.before, job.family)]
+    groups = {
+        name: {
+            "units": one_or_each([groups[name].units for groups in layers]),
+            "keep": one_or_each([keep[name] for keep in plan.keep]),
+            "balance": one_or_each([groups[name].balance for groups in layers]),
+        }
+        for name in layers[0]
+    }
     return {
         "criterion": options.criterion,
         "paper": CRITERIA[options.criterion].paper,
         "damping": options.damping,
         "refit": options.refit,
         "calibration_sha256": digest,
-        "groups": {g.name: {"units": g.units, "keep": plan.keep[g.name], "balance": g.balance} for g in groups},
+        "groups": groups,
         "layers": [{"layer": index, "groups": said} for index, said in enumerate(errors(chosen))],
     }

@@ -1,11 +1,14 @@
-"""How many units stay: shares, exact counts and size targets to widths, or one clear line why not. From headers."""
+"""How many units stay: shares, exact counts and size targets to widths, or one clear line why not. From headers.
+
+Layers may differ, in the source and by what is fixed by hand; every other layer follows one rule, within its own width.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 from compress.arch import Group, Sizes
 from compress.steps.prune.options import PruneOptions
@@ -18,27 +21,89 @@ EXACT = ("keep_ffn", "keep_heads")
 TARGETS = ("params", "bytes")
 WIDTHS = ("ratio", "ffn", "keep_ffn", *TARGETS)  # each says how wide the FFN becomes
 
-Keep = Mapping[str, int]  # group -> units that stay in every layer
+Keep = Mapping[str, int]  # group -> units that stay in one layer
+Keeps = tuple[Keep, ...]  # one a layer
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """What is cut: its sizes, its groups by name, the shapes of one layer, and `measure`: what would be left of the
-    whole model, parameters and bytes of its weight files."""
+class Layer:
+    """What is cut in one layer: its sizes, its groups by name, the shapes of its tensors."""
 
     sizes: Sizes
     groups: Mapping[str, Group]
     shapes: Mapping[str, tuple[int, ...]]
-    measure: Callable[[Keep], tuple[int, int]]
 
     @property
     def matrix_parameters(self) -> int:
-        """Attention + FFN matrix parameters of one layer."""
+        """Attention + FFN matrix parameters."""
         return sum(shape[0] * shape[1] for shape in self.shapes.values() if len(shape) == 2)
 
+    def weight(self, group: str) -> int:
+        """Matrix parameters of one unit."""
+        return self.groups[group].parameters_per_unit(self.shapes)
+
     def removed(self, keep: Keep) -> int:
-        """Matrix parameters that go from one layer."""
-        return sum((g.units - keep[name]) * g.parameters_per_unit(self.shapes) for name, g in self.groups.items())
+        """Matrix parameters that go."""
+        return sum((g.units - keep[name]) * self.weight(name) for name, g in self.groups.items())
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What is cut, layer by layer, and `measure`: what would be left of the whole model, parameters and bytes of its
+    weight files. `fixed`: the units that must stay in a (layer, group), by hand."""
+
+    layers: tuple[Layer, ...]
+    measure: Callable[[Keeps], tuple[int, int]]
+    fixed: Mapping[tuple[int, str], int] = field(default_factory=dict)
+
+    @cached_property
+    def matrix_parameters(self) -> int:
+        """Attention + FFN matrix parameters of all layers."""
+        return sum(layer.matrix_parameters for layer in self.layers)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of a layer that has the most FFN neurons; what all layers share is in it."""
+        return max((layer.sizes for layer in self.layers), key=lambda sizes: sizes.ffn)
+
+    @property
+    def most_heads(self) -> Sizes:
+        """Of a layer that has the most query heads."""
+        return max((layer.sizes for layer in self.layers), key=lambda sizes: sizes.heads)
+
+    def removed(self, keeps: Keeps) -> int:
+        """Matrix parameters that go from all layers."""
+        return sum(layer.removed(keep) for layer, keep in zip(self.layers, keeps, strict=True))
+
+    def free(self, group: str) -> list[Layer]:
+        """The layers whose `group` is not fixed."""
+        return [layer for index, layer in enumerate(self.layers) if (index, group) not in self.fixed]
+
+    def keeps(self, heads: Callable[[Layer], int], ffn: Callable[[Layer], int]) -> Keeps:
+        """What stays when every layer that is not fixed follows the two rules."""
+        rules = {"heads": heads, "ffn": ffn}
+        return tuple(
+            {
+                name: self.fixed[index, name] if (index, name) in self.fixed else min(rule(layer), own(layer, name))
+                for name, rule in rules.items()
+            }
+            for index, layer in enumerate(self.layers)
+        )
+
+
+def own(layer: Layer, group: str) -> int:
+    """All units that a layer has."""
+    return layer.groups[group].units
+
+
+def whole_heads(layer: Layer) -> int:
+    """The rule that no head goes."""
+    return own(layer, "heads")
+
+
+def whole_ffn(layer: Layer) -> int:
+    """The rule that no neuron goes."""
+    return own(layer, "ffn")
 
 
 def width_multiple(hidden: int) -> int:
@@ -46,17 +111,17 @@ def width_multiple(hidden: int) -> int:
     return 256 if hidden >= WIDE else 8
 
 
-def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tuple[Keep, tuple[str, ...]] | None:
-    """The units that stay, and how a width was chosen; None after a complaint."""
+def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tuple[Keeps, tuple[str, ...]] | None:
+    """The units that stay in every layer, and how a width was chosen; None after a complaint."""
     given = [key for key in (*SHARES, *EXACT, *TARGETS) if getattr(options, key) is not None]
-    if not given:
+    if not given and not any(decoder.fixed[at] < own(decoder.layers[at[0]], at[1]) for at in decoder.fixed):
         complain("", "nothing to prune: give ratio, ffn, heads, keep_ffn, keep_heads, params or bytes")
         return None
     clash = _clash(given)
     if clash is not None:
         complain(*clash)
         return None
-    heads = _heads(options, decoder.sizes, complain)
+    heads = _heads(options, decoder, complain)
     if heads is None:
         return None
     if options.params is not None or options.bytes is not None:
@@ -64,13 +129,18 @@ def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tupl
     ffn = _ffn(options, decoder, heads, complain)
     if ffn is None:
         return None
-    notes = []
-    if options.keep_ffn is None and ffn != decoder.sizes.ffn:
-        hidden = decoder.sizes.hidden
-        notes.append(
-            f"FFN width {ffn}: the nearest multiple of {width_multiple(hidden)}, because hidden size is {hidden}"
-        )
-    return {"heads": heads, "ffn": ffn}, tuple(notes)
+    keeps = decoder.keeps(heads, ffn)
+    return keeps, _width_notes(options, decoder, keeps)
+
+
+def _width_notes(options: PruneOptions, decoder: Decoder, keeps: Keeps) -> tuple[str, ...]:
+    free = [i for i in range(len(keeps)) if (i, "ffn") not in decoder.fixed]
+    cut = [keeps[i]["ffn"] for i in free if keeps[i]["ffn"] != own(decoder.layers[i], "ffn")]
+    if options.keep_ffn is not None or not cut:
+        return ()
+    hidden = decoder.sizes.hidden
+    widths = f"width {cut[0]}" if len(set(cut)) == 1 else f"widths {min(cut)} to {max(cut)}"
+    return (f"FFN {widths}: the nearest multiple of {width_multiple(hidden)}, because hidden size is {hidden}",)
 
 
 def _clash(given: list[str]) -> tuple[str, str] | None:
@@ -88,76 +158,99 @@ def _clash(given: list[str]) -> tuple[str, str] | None:
     return None
 
 
-def _heads(options: PruneOptions, sizes: Sizes, refuse: Complain) -> int | None:
+def _heads(options: PruneOptions, decoder: Decoder, refuse: Complain) -> Callable[[Layer], int] | None:
+    """How many heads a layer keeps."""
+    sizes = decoder.most_heads
     if options.keep_heads is not None:
-        if options.keep_heads > sizes.heads or options.keep_heads % sizes.kv_heads:
+        stay = options.keep_heads
+        if stay > sizes.heads or stay % sizes.kv_heads:
             refuse(
                 "keep_heads",
-                f"{options.keep_heads} heads cannot stay: the model has {sizes.heads}, and every one of "
+                f"{stay} heads cannot stay: the model has {sizes.heads}, and every one of "
                 f"{sizes.kv_heads} KV heads keeps equally many (a multiple of {sizes.kv_heads}, at most {sizes.heads})",
             )
             return None
-        return options.keep_heads
+        return lambda layer: stay
     if options.heads is None:
-        return sizes.heads
-    gone = round(options.heads * sizes.group_size)
+        return whole_heads
+    share = options.heads
+    gone = round(share * sizes.group_size)
     if not 0 < gone < sizes.group_size:
         steps = [f"{n / sizes.group_size:.4f}" for n in range(1, sizes.group_size)]
         allowed = ", ".join(steps) if steps else "none: every KV head has one query head only"
         refuse(
             "heads",
-            f"{options.heads} of {sizes.group_size} query heads per KV head rounds to {gone} of them; "
+            f"{share} of {sizes.group_size} query heads per KV head rounds to {gone} of them; "
             f"the shares that can go are {allowed}",
         )
         return None
-    return sizes.heads - gone * sizes.kv_heads
+    # in a layer that has fewer than the most, one head a KV head stays at least
+    return lambda layer: layer.sizes.kv_heads * max(1, layer.sizes.group_size - round(share * layer.sizes.group_size))
 
 
-def _ffn(options: PruneOptions, decoder: Decoder, heads: int, refuse: Complain) -> int | None:
-    """The width that keep_ffn, ffn or ratio give; the full one when none of them is given."""
-    sizes, whole = decoder.sizes, decoder.matrix_parameters
+def _ffn(
+    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], refuse: Complain
+) -> Callable[[Layer], int] | None:
+    """The width that keep_ffn, ffn or ratio give a layer; the full one when none of them is given."""
+    sizes = decoder.sizes
     if options.keep_ffn is not None:
-        if options.keep_ffn > sizes.ffn:
-            refuse("keep_ffn", f"{options.keep_ffn} neurons cannot stay: the model has {sizes.ffn}")
+        stay = options.keep_ffn
+        if stay > sizes.ffn:
+            refuse("keep_ffn", f"{stay} neurons cannot stay: the model has {sizes.ffn}")
             return None
-        return options.keep_ffn
+        return lambda layer: stay
     if options.ffn is not None:
-        wanted, key = (1 - options.ffn) * sizes.ffn, "ffn"
+        key, given, share = "ffn", options.ffn, options.ffn
     elif options.ratio is not None:
-        by_heads = decoder.removed({"heads": heads, "ffn": sizes.ffn})
-        rest = options.ratio * whole - by_heads
-        if rest < 0:
-            share = by_heads / whole
-            refuse("ratio", f"the heads alone remove {share:.4f}; ratio must be at least that, found {options.ratio}")
+        rest = _rest(options.ratio, decoder, heads, refuse)
+        if rest is None:
             return None
-        wanted, key = sizes.ffn - rest / decoder.groups["ffn"].parameters_per_unit(decoder.shapes), "ratio"
+        key, given, share = "ratio", options.ratio, rest
     else:
-        return sizes.ffn
-    multiple, found = width_multiple(sizes.hidden), getattr(options, key)
-    width = round(wanted / multiple) * multiple
+        return whole_ffn
+    multiple = width_multiple(sizes.hidden)
+    width = round((1 - share) * sizes.ffn / multiple) * multiple
     if width >= sizes.ffn:
-        if heads < sizes.heads:
-            return sizes.ffn
-        refuse(key, f"{found} removes nothing: FFN widths are multiples of {multiple} below {sizes.ffn}")
+        keeps = decoder.keeps(heads, whole_ffn)
+        if decoder.removed(keeps):
+            return whole_ffn
+        refuse(key, f"{given} removes nothing: FFN widths are multiples of {multiple} below {sizes.ffn}")
         return None
     if width <= 0:
-        refuse(key, f"{found} would leave no FFN neurons (of {sizes.ffn}, in multiples of {multiple})")
+        refuse(key, f"{given} would leave no FFN neurons (of {sizes.ffn}, in multiples of {multiple})")
         return None
-    return width
+    return lambda layer: max(multiple, round((1 - share) * layer.sizes.ffn / multiple) * multiple)
+
+
+def _rest(ratio: float, decoder: Decoder, heads: Callable[[Layer], int], refuse: Complain) -> float | None:
+    """The share of the FFN neurons of every layer that is not fixed which makes the ratio whole."""
+    gone, whole = decoder.removed(decoder.keeps(heads, whole_ffn)), decoder.matrix_parameters
+    rest = ratio * whole - gone
+    if rest < 0:
+        what = "heads alone remove" if not decoder.fixed else "heads and what is pinned remove"
+        refuse("ratio", f"the {what} {gone / whole:.4f}; ratio must be at least that, found {ratio}")
+        return None
+    free = sum(own(layer, "ffn") * layer.weight("ffn") for layer in decoder.free("ffn"))
+    if rest > free and decoder.fixed:
+        found = (gone + free) / whole
+        refuse("ratio", f"{ratio} cannot be reached: all that is not fixed makes {found:.4f}")
+        return None
+    return rest / free if free else 0.0
 
 
 def _to_target(
-    options: PruneOptions, decoder: Decoder, heads: int, refuse: Complain
-) -> tuple[Keep, tuple[str, ...]] | None:
+    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], refuse: Complain
+) -> tuple[Keeps, tuple[str, ...]] | None:
     """The widest FFN whose model stays within params or bytes, and a note with its neighbours."""
     sizes, key = decoder.sizes, "bytes" if options.params is None else "params"
     limit: int = getattr(options, key)
     multiple = width_multiple(sizes.hidden)
     widths = [*range(multiple, sizes.ffn, multiple), sizes.ffn]
+    left = heads(max(decoder.layers, key=whole_heads))
 
     @cache
     def measured(width: int) -> tuple[int, int]:
-        return decoder.measure({"heads": heads, "ffn": width})
+        return decoder.measure(decoder.keeps(heads, lambda layer: width))
 
     def size(width: int) -> int:
         return measured(width)[TARGETS.index(key)]
@@ -168,10 +261,11 @@ def _to_target(
 
     at = bisect_right(widths, limit, key=size) - 1
     if at < 0:
-        refuse(key, f"{limit:,} cannot be reached: the smallest that {heads} heads leave is {told(widths[0])}")
+        refuse(key, f"{limit:,} cannot be reached: the smallest that {left} heads leave is {told(widths[0])}")
         return None
     width = widths[at]
-    if width == sizes.ffn and heads == sizes.heads:
+    keeps = decoder.keeps(heads, lambda layer: width)
+    if not decoder.removed(keeps):
         refuse(key, f"{limit:,} removes nothing: the model stays within it as it is ({told(width)})")
         return None
     around = [told(near) for near in (*widths[max(at - 1, 0) : at], *widths[at + 1 : at + 2])]
@@ -179,11 +273,11 @@ def _to_target(
         above = f"; the next is {told(widths[at + 1])}" if at + 1 < len(widths) else ""
         refuse(
             key,
-            f"{limit:,} is more than {WITHIN:.1%} away: the largest that {heads} heads reach below it is "
+            f"{limit:,} is more than {WITHIN:.1%} away: the largest that {left} heads reach below it is "
             f"{told(width)}{above}",
         )
         return None
     neighbours = f"; its neighbours are {' and '.join(around)}" if around else ""
     steps = f"in multiples of {multiple}" if width != sizes.ffn else "the full width"
     note = f"{key} {limit:,}: {told(width)}, the largest not above it, {steps}{neighbours}"
-    return {"heads": heads, "ffn": width}, (note,)
+    return keeps, (note,)

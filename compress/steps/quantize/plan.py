@@ -87,7 +87,7 @@ def _memory(before: Header, after: Header, how: Format, linears: tuple[str, ...]
     """Blocks of rows for each of `packers` and one that waits; what waits to be written; and the larger of two: a layer
     as it is stored, with the probe's modules of it and a copy of the largest codes; or a block of the output matrix as
     it is read, stored and multiplied, with the probe's logits."""
-    sizes, first = family.sizes(before), family.prefix(0)
+    sizes, first = family.sizes(before), family.prefix(family.widest(before))
     stored = sum(t.nbytes for name, t in after.tensors.items() if name.startswith(first))
     weights = [before.tensors[f"{module}.weight"] for module in linears if module.startswith(first)]
     layer = (
