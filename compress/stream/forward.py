@@ -76,6 +76,7 @@ class Stream:
         linear: LinearLoader = plain_linear,
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        self._made_from = reader, config
         stock, self._orders = stock_view(family, config or reader.header.config)
         self.reader = Arranged(reader, f"{family.text}.layers.", self._orders) if self._orders else reader
         self.family, self.dtype, self._linear, self.device = family, dtype, linear, reader.device
@@ -86,6 +87,13 @@ class Stream:
         self._rotary = type(rotary)(config=rotary.config).to(self.device)  # its buffers, off the meta device
         self._check_tie()
         self._rehearse()
+
+    def in_float32(self) -> Stream:
+        """The same model, run in float32."""
+        if self.dtype == torch.float32:
+            return self
+        reader, config = self._made_from
+        return Stream(reader, self.family, dtype=torch.float32, linear=self._linear, config=config)
 
     @torch.no_grad()
     def _rehearse(self) -> None:

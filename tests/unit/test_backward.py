@@ -70,7 +70,7 @@ def same(got: Found, expected: Found, rtol: float = 1e-4) -> None:
             for kind, value in kinds.items():
                 seen = got[index][group][kind]
                 assert seen.dtype == torch.float32 and bool((seen > 0).all())
-                floor = 1e-4 * float(value.mean())  # of a unit whose gradients nearly cancel, rounding is left
+                floor = rtol * float(value.mean())  # of a unit whose gradients nearly cancel, rounding is left
                 what = f"layer {index} {group} {kind}: "
                 torch.testing.assert_close(seen, value, rtol=rtol, atol=floor, msg=lambda said, what=what: what + said)
 
@@ -108,15 +108,12 @@ def test_rows_in_another_order_give_the_same(models: Path) -> None:
     same(got, brute.gradients(twin, ids)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tape_on_disk_changes_no_byte(
-    dtype: torch.dtype, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tape_on_disk_changes_no_byte(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model(models, "llama")
     monkeypatch.setattr(backward, "BATCH_TOKENS", 48)
-    with streamed(folder, dtype) as stream:
+    with streamed(folder) as stream:
         expected = gradients(stream, windows(), groups_of(folder), GRADIENTS, scratch=tmp_path)
-        monkeypatch.setattr(tape, "TAPE_BYTES", 3 * 5 * 24 * 64 * dtype.itemsize - 1)  # just too small
+        monkeypatch.setattr(tape, "TAPE_BYTES", 3 * 5 * 24 * 64 * 4 - 1)  # just too small
         written: list[int] = []
         real = os.pwrite
 
@@ -126,7 +123,7 @@ def test_a_tape_on_disk_changes_no_byte(
 
         monkeypatch.setattr(os, "pwrite", pwrite)
         got = gradients(stream, windows(), groups_of(folder), GRADIENTS, scratch=tmp_path)
-    assert sum(written) == 3 * 5 * 24 * 64 * dtype.itemsize  # layers, windows, tokens, hidden
+    assert sum(written) == 3 * 5 * 24 * 64 * 4  # layers, windows, tokens, hidden
     for index, layer in enumerate(expected):
         for group, kinds in layer.items():
             assert all(torch.equal(got[index][group][kind], value) for kind, value in kinds.items())
@@ -165,16 +162,11 @@ def test_every_layer_has_its_own_groups(models: Path) -> None:
         assert all(torch.equal(got[kind], expected[kind]) for kind in GRADIENTS)
 
 
-def test_in_bfloat16_it_is_nearly_the_same(models: Path) -> None:
-    """Batches are rounded, sums are not: every statistic keeps its size (of a pico model, roughly)."""
-    folder = model(models, "llama")
-    exact = found(folder, windows(8, 64))
+def test_it_runs_in_float32_whatever_the_stream_runs_in(models: Path) -> None:
+    folder = model(models, "glm4v_native")
+    exact = found(folder, windows())
     with streamed(folder, torch.bfloat16) as stream:
-        rounded = gradients(stream, windows(8, 64), groups_of(folder), GRADIENTS)
-    for layer, expected in zip(rounded, exact, strict=True):
-        for group, kinds in expected.items():
-            for kind, value in kinds.items():
-                assert float((layer[group][kind] - value).norm() / value.norm()) < 0.15
+        same(gradients(stream, windows(), groups_of(folder), GRADIENTS), exact, rtol=0)
 
 
 def test_a_window_of_one_token_predicts_nothing(models: Path) -> None:

@@ -32,9 +32,8 @@ def ahead(options: PruneOptions, before: Header, family: Family, layer: int, con
     data, sizes = context.data["calibration"], family.sizes(before)
     windows = min(options.gradient_samples, expected_tokens(data, "calibration") // data.length)
     tokens = windows * data.length
-    # products of a bfloat16 checkpoint may run in float32: the inputs of its layers are then twice as large
-    tapes = [each * sizes.layers * tokens * sizes.hidden for each in ((2, 4) if before.dtype == "BF16" else (4,))]
-    inside, outside = (max([0, *(n for n in tapes if (n <= TAPE_BYTES) is small)]) for small in (True, False))
+    tape = 4 * sizes.layers * tokens * sizes.hidden
+    inside, outside = (tape, 0) if tape <= TAPE_BYTES else (0, tape)
     weights = (12 if "taylor" in needs else 4) * layer  # as they are; the sum of their gradients, and those of a batch
     alive = inside + 4 * tokens * sizes.hidden + max(weights + _graph(sizes, data.length), _head(sizes, data.length))
     where = f"; its layers' inputs lie on the disk meanwhile ({size(outside)})" if outside else ""

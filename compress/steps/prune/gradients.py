@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from compress.arch import Group
-from compress.checkpoint.reader import Reader
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Job
 from compress.stream import GRADIENTS, Statistic
@@ -23,19 +22,15 @@ PREFIX = "gradients."
 def gathered(
     job: Job,
     options: PruneOptions,
-    reader: Reader,
     stream: Stream,
     ids: torch.Tensor,
     groups: Sequence[Sequence[Group]],
     needs: frozenset[Statistic],
 ) -> Found:
-    """What of `needs` takes a backward pass, for every layer; nothing of any where none does. `stream`: the dense
-    model, which `reader` reads."""
+    """What of `needs` takes a backward pass of the dense model, for every layer; nothing of any where none does."""
     wanted = needs & GRADIENTS
     if not wanted or not any(groups):
         return [{} for _ in groups]
-    if stream.dtype == torch.float16:  # gradients leave its range
-        stream = Stream(reader, job.family, dtype=torch.float32)
     # calibration windows are in seeded order: the first ones are as good as any
     part = ids[: options.gradient_samples]
     return gradients(stream, part, groups, wanted, scratch=job.target.parent, progress=job.progress)

@@ -160,7 +160,7 @@ class _Pruner:
     def _first(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What `_begin` gives a run that starts, after the backward pass of the criterion, if it needs one."""
         needs = self.criterion.needs
-        self.gradients = gradients.gathered(self.job, self.options, self.streamed, self.before, ids, self.groups, needs)
+        self.gradients = gradients.gathered(self.job, self.options, self.before, ids, self.groups, needs)
         hidden, probe = (self.before.embed(ids) if self.wanted else None), self.probe.embed(probe_ids)
         if any(self.gradients):
             self._save(hidden, probe)
