@@ -101,7 +101,7 @@ class Bench:
             "top1": found["top1"],
             "parameters": found["params"],
             "removed": plan.removed,
-            "keep": dict(plan.keep),
+            "keep": dict(plan.keep[0]),
             **self._second(second),
             "second_ratio": second / self.second_dense,
             "seconds": round(seconds, 1),

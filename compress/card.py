@@ -130,7 +130,7 @@ def auto_class(config: Mapping[str, Any]) -> str:
 def _how(receipt: dict[str, Any], source: Path) -> list[str]:
     config = read_json(source / "config.json")
     family = described(config)
-    said: dict[str, Any] = {"stock_transformers": family.stock is None, "loaded_by": list(family.loaders)}
+    said: dict[str, Any] = {"stock_transformers": family.stock is None, "loaded_by": list(family.loaders_of(config))}
     for step in receipt["steps"]:  # a prune step may write another family than its input's
         said = step if "loaded_by" in step else said
     trusted = bool(said.get("trust_remote_code", is_per_layer(config)))

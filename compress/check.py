@@ -137,8 +137,7 @@ def _loadable(family: Family, after: Header, ids: torch.Tensor, memory: int) -> 
     width, logical = DTYPE_BYTES[after.dtype], format_of(after).logical(after)
     layer = sum(2 * t.nbytes for name, t in after.tensors.items() if name.startswith(prefix))
     layer += sum(width * t.parameters for name, t in logical.items() if name.startswith(prefix))
-    inside = f"{family.text}.layers."
-    rest = sum(2 * t.nbytes for name, t in after.tensors.items() if not name.startswith(inside))
+    rest = sum(2 * t.nbytes for name, t in after.tensors.items() if not name.startswith(family.inside))
     rest += LOGITS * ids.numel() * sizes.vocab * 4
     return max(0, min(sizes.layers, (memory - rest) // layer))
 

@@ -25,7 +25,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
     sizes = family.sizes(header)
     stored, quantized = format_of(header), is_quantized(header)
     tensors = stored.logical(header)
-    decoder = [t for name, t in tensors.items() if name.startswith(f"{family.text}.layers.")]
+    decoder = [t for name, t in tensors.items() if name.startswith(family.inside)]
     layers = [{g.name: g.units for g in family.groups(own, header.text_config)} for own in family.layers(header)]
     shapes = family.layer(sizes, header.text_config)
     groups = [
@@ -53,7 +53,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
         "files": len({where.file for where in header.locations.values()}),
         "sizes": {key: getattr(sizes, key) for key in sizes.__dataclass_fields__},
         # vLLM was proved for plain checkpoints
-        "loaded_by": [name for name in family.loaders if not (quantized and name.startswith("vLLM"))],
+        "loaded_by": [name for name in family.loaders_of(header.config) if not (quantized and name.startswith("vLLM"))],
         "groups": groups,
         "cuts": [] if quantized else [*_head_cuts(header, family, sizes), _row("ffn", family)],
     }

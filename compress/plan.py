@@ -294,7 +294,7 @@ def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:
         wrong.append(f"config.json: architectures must be ['{needed}'], found {named!r}")
     elif layered and not family.layered:
         wrong.append(f"config.json: {per_layer.KEY}: layers of a {family.name} cannot differ")
-    implied, prefix = family.shapes(header), f"{family.text}.layers."
+    implied, prefix = family.shapes(header), family.inside
     for name, shape in implied.items():
         if name not in found:
             wrong.append(f"tensor '{name}' {list(shape)} is missing")

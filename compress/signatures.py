@@ -109,6 +109,15 @@ class Receipt(TypedDict):
     files: dict[str, str]
 
 
+class SensitivityKeywords(TypedDict, total=False):
+    """Of `measure_sensitivity`, as the command's options."""
+
+    criterion: str
+    damping: float
+    gradient_samples: int
+    pictures: bool
+
+
 class RunKeywords(TypedDict, total=False):
     """Of `run`, and of every function that carries out one step."""
 
@@ -178,6 +187,14 @@ class PruneKeywords(StepKeywords, total=False):
     """Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or keep_heads leave."""
     bytes: float | str | None
     """Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."""
+    protect: list[str] | str | None
+    """Decoder modules that are not cut, by name or pattern, as in layers.11.mlp,layers.0-3.*; layers then differ in
+    width.
+    """
+    pin: dict[str, int] | str | None
+    """Units that stay in decoder modules, exactly, as in layers.5.mlp=1024,layers.2?.self_attn=8; layers then differ in
+    width.
+    """
     flavour: str
     """What a glm4v with fewer heads becomes: portable (glm46v, for stock transformers and vLLM) or native (glm4v, for
     vLLM alone).
@@ -190,6 +207,12 @@ class PruneKeywords(StepKeywords, total=False):
     """Refit the reading matrix by least squares from the original weights."""
     damping: float
     """Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."""
+    held_out: float | None
+    """Share of the calibration windows that are kept back to choose the damping of each refit on, from 0.001 to 0.3;
+    the refit itself then sees all of them.
+    """
+    force: bool
+    """Prune even with fewer calibration tokens than a refitted matrix has columns."""
 
 
 class DistillKeywords(StepKeywords, total=False):

@@ -39,7 +39,7 @@ def gradients(folder: Path, ids: torch.Tensor) -> tuple[Gradients, dict[tuple[in
     family, sizes = family_of(header), family_of(header).sizes(header)
     groups = family.groups(sizes, header.text_config)
     tokens = ids.shape[0] * (ids.shape[1] - 1)
-    layers = [stock.get_submodule(family.prefix(index)[:-1]) for index in range(sizes.layers)]
+    layers = [stock.get_submodule(f"{family.text}.layers.{index}") for index in range(sizes.layers)]
     weights = {
         (i, cut.tensor): layers[i].get_parameter(cut.tensor)
         for i in range(len(layers))

@@ -37,6 +37,7 @@ MODELS: dict[str, type[BaseModel]] = {
 MARKED = re.compile(r"(<!-- keys: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARKED_CODE = re.compile(r"(?<=# keys of the steps\n).*(?=# end\n)", re.DOTALL)
 TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "None"}
+TYPES |= {"array": "list[str]", "object": "dict[str, int]"}
 
 
 def table(name: str) -> str:

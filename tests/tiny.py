@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
     Glm4vConfig,
@@ -30,10 +32,14 @@ from transformers import (
     Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -90,6 +96,16 @@ def smollm3(
     return _save(SmolLM3ForCausalLM(config), folder, seed, dtype, shard)
 
 
+def gemma3_text(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """As the llama with 4 layers: two ropes, two windows of 16 tokens, norms over q and k and four a layer."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    window = {"layer_types": kinds, "sliding_window": 16, "num_hidden_layers": 4, "tie_word_embeddings": False}
+    config = Gemma3TextConfig(**{**LLAMA, **window, "query_pre_attn_scalar": 8, **sizes})
+    return _save(Gemma3ForCausalLM(config), folder, seed, dtype, shard)
+
+
 def glm(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
     """Hidden 64, 2 layers, 6 heads of 8 / 2 KV heads, fused FFN 96, biases of q, k and v."""
     config = GlmConfig(**{**TEXT, "num_attention_heads": 6, "head_dim": 8, **sizes})
@@ -129,6 +145,38 @@ def glm46v(
     heads = {"num_attention_heads": 6, "head_dim": 8, "attention_bias": True}
     config = Glm46VConfig(**_glm({"model_type": "glm_image_text", **heads, **sizes}))
     return _save(Glm46VForConditionalGeneration(config), folder, seed, dtype, shard)
+
+
+def qwen2_5_vl(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """Text: the pico qwen2; a vision tower of 2 layers, one with a window. Keywords: text sizes."""
+    config = Qwen2_5_VLConfig(**_qwen({**TEXT, **sizes}, window_size=28, fullatt_block_indexes=[1]))
+    return _save(Qwen2_5_VLForConditionalGeneration(config), folder, seed, dtype, shard)
+
+
+def qwen3_vl(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """Text: the pico qwen3, 3 layers; a vision tower whose inner features go into the first two text layers."""
+    text = {**TEXT, "num_attention_heads": 6, "head_dim": 8, "num_hidden_layers": 3, **sizes}
+    config = Qwen3VLConfig(**_qwen(text, depth=3, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]))
+    return _save(Qwen3VLForConditionalGeneration(config), folder, seed, dtype, shard)
+
+
+def _qwen(text: dict[str, Any], **vision: Any) -> dict[str, Any]:
+    """What the configs of both Qwen vision models share."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    tower = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+    return {
+        "text_config": {"rope_parameters": rope, **text},
+        "vision_config": {**tower, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision},
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": 303,
+        "vision_start_token_id": 301,
+        "vision_end_token_id": 302,
+        "tie_word_embeddings": False,
+    }
 
 
 def glm4v_native(
@@ -189,7 +237,7 @@ def _glm(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def image_inputs(seed: int = 0) -> dict[str, torch.Tensor]:
-    """One 56 x 56 image (4 x 4 patches, merged to 4 tokens) inside a prompt of 20 tokens, for the glm4v pico model."""
+    """One 56 x 56 image (4 x 4 patches, merged to 4 tokens) inside a prompt of 20 tokens, for all vision towers."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 250, (1, 20), generator=generator)
     ids[0, 4:10] = torch.tensor([301, IMAGE_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN, 302])
@@ -243,5 +291,5 @@ def begins_with_bos(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     kind, target = sys.argv[1:]
-    makers = (llama, mistral, qwen2, qwen3, smollm3, glm, glm4, phi3, glm4v, glm46v)
+    makers = (llama, mistral, qwen2, qwen3, smollm3, gemma3_text, glm, glm4, phi3, glm4v, glm46v, qwen2_5_vl, qwen3_vl)
     print({maker.__name__: maker for maker in makers}[kind](Path(target)))

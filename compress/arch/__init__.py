@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.arch.family import SAME, Cut, Family, Group, Rewrite, Sizes
+from compress.arch.gemma3 import GEMMA3
 from compress.arch.glm import GLM
 from compress.arch.glm4 import GLM4
 from compress.arch.glm4v import GLM4V, GLM4V_NATIVE, GLM46V, GLM46V_INTERLEAVED, NATIVE, PORTABLE
@@ -17,13 +18,15 @@ from compress.arch.llama import LLAMA
 from compress.arch.mistral import MISTRAL
 from compress.arch.phi3 import PHI3
 from compress.arch.qwen2 import QWEN2
+from compress.arch.qwen2_5_vl import QWEN2_5_VL
 from compress.arch.qwen3 import QWEN3
+from compress.arch.qwen3_vl import QWEN3_VL
 from compress.arch.smollm3 import SMOLLM3
 from compress.checkpoint.headers import Header
 from compress.errors import UserError, did_you_mean
 
-_TEXT = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GLM, GLM4, PHI3)
-_VISION = (GLM4V, GLM4V_NATIVE, GLM46V, GLM46V_INTERLEAVED)
+_TEXT = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA3, GLM, GLM4, PHI3)
+_VISION = (GLM4V, GLM4V_NATIVE, GLM46V, GLM46V_INTERLEAVED, QWEN2_5_VL, QWEN3_VL)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_TEXT, *_VISION)}
 FLAVOURS = (PORTABLE, NATIVE)
 

@@ -93,8 +93,8 @@ class Family:
 
     name: its key in FAMILIES. model_type: what config.json says; unlike: why a config of that type is not this family.
     architecture: the stock class that config.json must name.
-    text: module path of the decoder (with embed_tokens, layers, norm, rotary_emb) in the stock model; names on disk
-    are the same. head: name of the output matrix. rope_axes: leading axes of position ids that rotary_emb takes.
+    text: module path of the decoder (with embed_tokens, layers, norm) in the stock model. stored: what its tensors'
+    names begin with on disk, where that is another. head: name of the output matrix.
     rope: order of the rotary rows of a head in q_proj and k_proj, `interleaved` or `half-split`.
     layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
     groups: what can be cut. refuse: a reason why planned sizes, beside the raw config, cannot be loaded by stock
@@ -104,6 +104,7 @@ class Family:
     stock: for a family that stock transformers does not load, the rewrite under which its classes compute the same.
     vllm: what loads it in vLLM, where that was run and compared (docs/families.md); None where it was not.
     skip: module-name prefixes that quantization leaves alone.
+    head_beside: what the model does with logits beside the product of hidden states and output matrix, or None.
     layered: whether its layers may differ in width: its stock layer class takes a config and an index.
     """
 
@@ -112,7 +113,6 @@ class Family:
     architecture: str
     text: str
     head: str
-    rope_axes: int
     rope: str
     layer: Callable[[Sizes, Mapping[str, Any]], dict[str, tuple[int, ...]]]
     groups: Callable[[Sizes, Mapping[str, Any]], tuple[Group, ...]]
@@ -121,8 +121,10 @@ class Family:
     unlike: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     rewrites: tuple[Rewrite, ...] = ()
     stock: Rewrite | None = None
+    stored: str | None = None
     vllm: str | None = None
     defaults: Mapping[str, int] = field(default_factory=dict)
+    head_beside: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     layered: bool = False
 
     @property
@@ -130,6 +132,12 @@ class Family:
         """Who loads a checkpoint of this family, in words."""
         found = [] if self.stock is not None else [f"stock transformers ({self.architecture})"]
         return (*found, *([f"vLLM ({self.vllm})"] if self.vllm else []))
+
+    def loaders_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Who loads a checkpoint of this config: where layers differ, stock transformers with the folder's own code."""
+        if not per_layer.is_per_layer(config):
+            return self.loaders
+        return (f"stock transformers with trust_remote_code=True ({per_layer.PREFIX}{self.architecture})",)
 
     def label(self, config: Mapping[str, Any], sizes: Sizes, flavour: str) -> tuple[Rewrite | None, str]:
         """The label for a checkpoint with fewer heads, `sizes`, and why it is another one; or None, and why none fits.
@@ -150,9 +158,23 @@ class Family:
             return None, f"{reason}; {refusal}"
         return found, f"{reason or f'flavour {flavour} was asked for'}; {found.why}"
 
+    @property
+    def root(self) -> str:
+        """What the names of the decoder's tensors begin with on disk, without the dot."""
+        return self.stored or self.text
+
+    @property
+    def inside(self) -> str:
+        """Prefix of the tensors of all decoder layers, with the dot."""
+        return f"{self.root}.layers."
+
+    def parameter(self, name: str) -> str:
+        """What the stock model calls the tensor `name`, if it is the decoder's; else as it is."""
+        return f"{self.text}.{name.removeprefix(f'{self.root}.')}" if name.startswith(f"{self.root}.") else name
+
     def prefix(self, layer: int) -> str:
         """Prefix of the tensors of one decoder layer, with the dot."""
-        return f"{self.text}.layers.{layer}."
+        return f"{self.inside}{layer}."
 
     def sizes(self, header: Header) -> Sizes:
         """Read the sizes; UserError names a key that is missing, not a positive whole number, or beyond the tensors."""
@@ -213,19 +235,19 @@ class Family:
     def shapes(self, header: Header) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of the text model that the config implies."""
         sizes, config = self.sizes(header), header.text_config
-        shapes: dict[str, tuple[int, ...]] = {f"{self.text}.embed_tokens.weight": (sizes.vocab, sizes.hidden)}
+        shapes: dict[str, tuple[int, ...]] = {f"{self.root}.embed_tokens.weight": (sizes.vocab, sizes.hidden)}
         layers = self.layers(header)
         made = {own: self.layer(own, config) for own in set(layers)}
         for index, own in enumerate(layers):
             shapes |= {self.prefix(index) + name: shape for name, shape in made[own].items()}
-        shapes[f"{self.text}.norm.weight"] = (sizes.hidden,)
+        shapes[f"{self.root}.norm.weight"] = (sizes.hidden,)
         if not sizes.tied:
             shapes[f"{self.head}.weight"] = (sizes.vocab, sizes.hidden)
         return shapes
 
     def head_tensor(self, header: Header) -> str:
         """The tensor that the output matrix is read from: the embedding when the two are tied."""
-        return f"{self.text}.embed_tokens.weight" if self.sizes(header).tied else f"{self.head}.weight"
+        return f"{self.root}.embed_tokens.weight" if self.sizes(header).tied else f"{self.head}.weight"
 
     def shallow(self, header: Header, layers: int) -> dict[str, Any]:
         """The raw config with the first `layers` decoder layers only, and what it says of each layer cut to them."""
@@ -274,14 +296,26 @@ def decoder_layer(
     return dict(sorted(weights.items())) | {f"{name}.bias": linears[name][:1] for name in biases}
 
 
-def full_attention(config: Mapping[str, Any]) -> str | None:
-    """Why not every layer sees all tokens before it, from the config's `layer_types`; None where it names none."""
+MASKS = ("full_attention", "sliding_attention")
+
+
+def masked_attention(config: Mapping[str, Any], window: Any) -> str | None:
+    """Why a layer of the config's `layer_types` is more than attention under a mask, which the executor takes from the
+    stock model; None where all are, or none is named. `window`: what the stock class takes for sliding_window."""
     named = config.get("layer_types")
-    others = [kind for kind in named if kind != "full_attention"] if isinstance(named, list) else []
-    if not others:
+    if not isinstance(named, list):
         return None
-    family = config.get("model_type")
-    return f"{family} is supported with full attention only: layer_types may not hold {others[0]!r}"
+    others, family = [kind for kind in named if kind not in MASKS], config.get("model_type")
+    if others:
+        return f"a {family} with {others[0]!r} in layer_types is not supported; allowed: {', '.join(MASKS)}"
+    if "sliding_attention" in named and window is None:
+        return f"layer_types holds 'sliding_attention', but this {family} has no sliding_window"
+    return None
+
+
+def switched_window(config: Mapping[str, Any], default: int | None = 4096) -> Any:
+    """The window of a family that has one where use_sliding_window is true."""
+    return config.get("sliding_window", default) if config.get("use_sliding_window") else None
 
 
 def no_null(config: Mapping[str, Any], *keys: str) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.arch.family import QKV, SANDWICH, Family, Group, Rewrite, Sizes, decoder_layer, ffn_fused, query_heads
 from compress.arch.rope import HALF_SPLIT, INTERLEAVED
+from compress.checkpoint.per_layer import HEADS, KEY
 
 PORTABLE, NATIVE = "portable", "native"
 
@@ -49,12 +50,15 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reads_head_dim(config: Mapping[str, Any]) -> bool:
-    """Whether head_dim says something else than what stock glm4v derives; not where a size is missing."""
+    """Whether head_dim says something else than what stock glm4v derives, in any layer; not where a size is missing."""
     text = _text(config)
-    width, hidden, heads = (text.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    width, hidden, heads = (text.get(key) for key in ("head_dim", "hidden_size", HEADS))
     if width is None or type(hidden) is not int or type(heads) is not int or heads <= 0:
         return False
-    return bool(width != hidden // heads)
+    said = text.get(KEY)
+    layers = said.values() if isinstance(said, Mapping) else ()
+    own = [layer[HEADS] for layer in layers if isinstance(layer, Mapping) and HEADS in layer]
+    return any(width != hidden // count for count in (heads, *own) if type(count) is int and count > 0)
 
 
 def _from_glm4v(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +109,6 @@ GLM4V = Family(
     architecture="Glm4vForConditionalGeneration",
     text="model.language_model",
     head="lm_head",
-    rope_axes=3,
     rope=INTERLEAVED,
     layer=_layer,
     groups=_groups,

@@ -30,14 +30,13 @@ def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
     )
 
 
-def _refuse(sizes: Sizes, config: Mapping[str, Any]) -> str | None:
-    del config
-    # LlamaConfig.validate_architecture: hidden_size % num_attention_heads must be 0, whatever head_dim says
+def dividing(sizes: Sizes, family: str) -> str | None:
+    """Why a stock class that wants heads to divide hidden_size, whatever head_dim says, does not load `sizes`."""
     if sizes.hidden % sizes.heads:
         fits = [n for n in range(sizes.kv_heads, sizes.hidden + 1, sizes.kv_heads) if sizes.hidden % n == 0]
         near = sorted(sorted(fits, key=lambda n: abs(n - sizes.heads))[:2])
         return (
-            f"stock transformers loads a llama only if its heads divide hidden_size: {sizes.heads} does not divide "
+            f"stock transformers loads a {family} only if its heads divide hidden_size: {sizes.heads} does not divide "
             f"{sizes.hidden}; {' and '.join(map(str, near))} do"
         )
     return None
@@ -67,11 +66,11 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     text="model",
     head="lm_head",
-    rope_axes=1,
     rope=HALF_SPLIT,
     layer=_layer,
     groups=_groups,
-    refuse=_refuse,
+    # LlamaConfig.validate_architecture: hidden_size % num_attention_heads must be 0
+    refuse=lambda sizes, config: dividing(sizes, "llama"),
     skip=("lm_head",),
     layered=True,
     rewrites=(MISTRAL_LABEL,),

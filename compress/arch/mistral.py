@@ -1,4 +1,4 @@
-"""Mistral without a sliding window: the block of a llama without biases, whose heads may be of any number and width.
+"""Mistral: the block of a llama without biases, whose heads may be of any number and width, with or without a window.
 
 Pruned llamas whose heads do not divide the hidden size are written under this label.
 """
@@ -23,13 +23,6 @@ def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
     return (query_heads(sizes, bias=False), ffn_split(sizes, bias=False))
 
 
-def _unlike(config: Mapping[str, Any]) -> str | None:
-    window = config.get("sliding_window", 4096)  # MistralConfig's default
-    if window is None:
-        return None
-    return f"mistral is supported with full attention only: sliding_window must be null, found {window!r}"
-
-
 MISTRAL = replace(
     LLAMA,
     name="mistral",
@@ -39,6 +32,6 @@ MISTRAL = replace(
     groups=_groups,
     refuse=lambda sizes, config: None,
     rewrites=(),
-    unlike=_unlike,
+    unlike=lambda config: None,
     defaults={"num_key_value_heads": 8},
 )

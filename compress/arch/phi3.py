@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 (`phi3`) with full attention: q, k and v are one matrix, and so are gate and up; no biases.
+"""Phi-3 and Phi-4 (`phi3`): q, k and v are one matrix, and so are gate and up; no biases.
 
 Query heads are the first rows of qkv_proj; the rows of k and v behind them stay.
 """
@@ -22,16 +22,6 @@ def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]
 def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
     del config
     return (query_heads(sizes, bias=False, rows=QKV_FUSED), ffn_fused(sizes))
-
-
-def _unlike(config: Mapping[str, Any]) -> str | None:
-    window, reach = config.get("sliding_window"), config.get("max_position_embeddings", 4096)
-    if window is not None and not (type(window) is int and type(reach) is int and window >= reach):
-        return (
-            "phi3 is supported with full attention only: sliding_window must be null or at least "
-            f"max_position_embeddings, found {window!r}"
-        )
-    return no_null(config, "head_dim")
 
 
 def _refuse(sizes: Sizes, config: Mapping[str, Any]) -> str | None:
@@ -58,7 +48,7 @@ PHI3 = replace(
     groups=_groups,
     refuse=_refuse,
     rewrites=(),
-    unlike=_unlike,
+    unlike=lambda config: no_null(config, "head_dim"),
     vllm=None,
     defaults={},
 )

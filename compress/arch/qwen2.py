@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 with full attention: a llama whose q, k and v have biases.
+"""Qwen2 and Qwen2.5: a llama whose q, k and v have biases.
 
 Qwen2Config has no head_dim, but keeps the key, and the attention and the rotary embedding read it: any number of heads.
 """
@@ -15,9 +15,10 @@ from compress.arch.family import (
     Sizes,
     decoder_layer,
     ffn_split,
-    full_attention,
+    masked_attention,
     no_null,
     query_heads,
+    switched_window,
 )
 from compress.arch.llama import LLAMA
 
@@ -32,23 +33,9 @@ def _groups(sizes: Sizes, config: Mapping[str, Any]) -> tuple[Group, ...]:
     return (query_heads(sizes, bias=True), ffn_split(sizes, bias=False))
 
 
-def windowed(config: Mapping[str, Any]) -> str | None:
-    """Why a qwen2 or qwen3 has layers that see a window only, or None: `layer_types` names them, or else those from
-    max_window_layers on have one where use_sliding_window is true."""
-    if isinstance(config.get("layer_types"), list):
-        return full_attention(config)
-    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
-        return None
-    first, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers")
-    if type(first) is int and type(layers) is int and first >= layers:
-        return None
-    family = config.get("model_type")
-    return f"{family} is supported with full attention only: use_sliding_window must be false, found true"
-
-
-def full_and_sized(config: Mapping[str, Any]) -> str | None:
+def masked_and_sized(config: Mapping[str, Any]) -> str | None:
     """Why a config of type qwen2 or qwen3 is not the family described."""
-    return windowed(config) or no_null(config, "head_dim")
+    return masked_attention(config, switched_window(config)) or no_null(config, "head_dim")
 
 
 QWEN2 = replace(
@@ -60,7 +47,7 @@ QWEN2 = replace(
     groups=_groups,
     refuse=lambda sizes, config: None,
     rewrites=(),
-    unlike=full_and_sized,
+    unlike=masked_and_sized,
     vllm=None,
     defaults={"num_key_value_heads": 32},
 )

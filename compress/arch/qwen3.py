@@ -1,4 +1,4 @@
-"""Qwen3 (dense) with full attention: a llama with norms over q and k, and a head_dim of its own.
+"""Qwen3 (dense): a llama with norms over q and k, and a head_dim of its own.
 
 q_norm and k_norm are of one head's width and shared by all heads, so cutting heads leaves them alone.
 """

@@ -9,15 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import full_attention, no_null
+from compress.arch.family import masked_attention, no_null, switched_window
 from compress.arch.llama import LLAMA
 
 
 def _unlike(config: Mapping[str, Any]) -> str | None:
-    named = isinstance(config.get("layer_types"), list)
-    if not named and config.get("use_sliding_window") and config.get("sliding_window") is not None:
-        return "smollm3 is supported with full attention only: use_sliding_window must be false, found true"
-    return full_attention(config) or no_null(config, "head_dim")
+    return masked_attention(config, switched_window(config, None)) or no_null(config, "head_dim")
 
 
 SMOLLM3 = replace(

@@ -277,7 +277,7 @@ def _from_pydantic(name: str, field: FieldInfo, panel: str) -> inspect.Parameter
     kind: Any = str
     if bool in kinds:
         names, kind = f"{names}/--no-{name.replace('_', '-')}", bool
-    elif str not in kinds:
+    elif kinds & {int, float}:
         metavar = "N" if int in kinds else "X"
     shown = default is not None
     text = escape(field.description or "")  # a description is no markup

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from compress.stream import Statistic
+from compress.errors import UserError
+from compress.stream import GRADIENTS, Statistic
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,17 @@ CRITERIA: dict[str, Criterion] = {
         ),
     )
 }
+
+
+def ranking_of(criterion: Criterion, view: GroupView, damping: float) -> Ranking:
+    """The criterion's ranking; UserError when a cost is no number, because then their order means nothing."""
+    import torch
+
+    ranking = criterion.load()(view, damping)
+    if not bool(torch.isfinite(ranking.cost).all()):
+        what = "gradients" if criterion.needs & GRADIENTS else "activations" if criterion.needs else "weights"
+        raise UserError(f"{view.name}: costs by {criterion.name} are NaN or infinite: {what} overflow")
+    return ranking
 
 
 def ranking_by_score(score: Any) -> Ranking:

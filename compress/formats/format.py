@@ -172,11 +172,10 @@ class Format(ABC):
 
 def decoder_linears(header: Header, family: Family) -> tuple[str, ...]:
     """Module names of the decoder's linears in a plain checkpoint: the 2-D weights inside its layers, disk order."""
-    inside = f"{family.text}.layers."
     return tuple(
         name.removesuffix(".weight")
         for name, spec in header.tensors.items()
-        if name.startswith(inside) and name.endswith(".weight") and len(spec.shape) == 2
+        if name.startswith(family.inside) and name.endswith(".weight") and len(spec.shape) == 2
     )
 
 

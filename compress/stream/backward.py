@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from compress.arch import Group
+from compress.errors import UserError
 from compress.limits import BATCH_TOKENS, vocab_rows
 from compress.machine import Progress, Silent, Task
 from compress.stream import Statistic
@@ -50,11 +51,15 @@ def gradients(
 
     `scratch`: a folder for the inputs of the layers where they are large; None: they stay in memory. All runs in
     float32, whatever the stream's dtype: in bfloat16, SmolLM2's layers before its massive activations (0 to 10) had
-    statistics up to 12 times too small. Raises MachineError where the disk is full, UserError as `Stream`.
+    statistics up to 12 times too small. Raises MachineError where the disk is full, UserError as `Stream`, and for a
+    model that does more with its logits (Family.head_beside).
     """
     length = ids.shape[1]
     if length < 2:
         raise ValueError(f"windows of {length} token: none is predicted")
+    beside = stream.family.head_beside(stream.reader.header.text_config)
+    if beside is not None:
+        raise UserError(f"{stream.reader.folder}: {beside}, and the gradient of the loss knows none of that")
     stream = stream.in_float32()
     found: Found = [{} for _ in range(stream.layers)]
     hidden = stream.embed(ids)

@@ -22,6 +22,7 @@ from compress.errors import UserError
 from compress.limits import BATCH_TOKENS, vocab_rows
 from compress.machine import Progress, Silent, return_freed_memory
 from compress.stream.arranged import Arranged, stock_view
+from compress.stream.calls import Calls, Last, empty, forward_of
 from compress.stream.stock import stock_model
 
 # Makes the module that runs for one Linear: (reader, linear on meta, its full name, compute dtype) -> module. The
@@ -78,13 +79,15 @@ class Stream:
     ) -> None:
         self._made_from = reader, config
         stock, self._orders = stock_view(family, config or reader.header.config)
-        self.reader = Arranged(reader, f"{family.text}.layers.", self._orders) if self._orders else reader
+        self.reader = Arranged(reader, family.inside, self._orders) if self._orders else reader
         self.family, self.dtype, self._linear, self.device = family, dtype, linear, reader.device
         self.model = stock_model(stock)
         self.text = self.model.get_submodule(family.text)
         self.layers = len(self._layer_list())
-        rotary = self.text.get_submodule("rotary_emb")
-        self._rotary = type(rotary)(config=rotary.config).to(self.device)  # its buffers, off the meta device
+        self._index = {layer: index for index, layer in enumerate(self._layer_list())}
+        self._calls = Calls(
+            self.text, self._layer_list(), self.text.get_submodule("norm"), self._initialize, self.device
+        )
         self._check_tie()
         self._rehearse()
 
@@ -95,16 +98,14 @@ class Stream:
         reader, config = self._made_from
         return Stream(reader, self.family, dtype=torch.float32, linear=self._linear, config=config)
 
-    @torch.no_grad()
+    def _initialize(self, module: nn.Module) -> None:
+        made: Any = self.model
+        made._init_weights(module)  # what stock transformers calls for buffers that are not stored
+
     def _rehearse(self) -> None:
         """One layer on the meta device: a config that stock transformers builds may still be none that it can run."""
-        hidden = torch.zeros(1, 2, self.family.sizes(self.reader.header).hidden, device=self.device)
         try:
-            cos, sin = self._positions(hidden)
-            positions = cos.to("meta"), sin.to("meta")
-            self._layer_list()[0](
-                hidden.to("meta"), attention_mask=None, position_embeddings=positions, use_cache=False
-            )
+            self._calls.rehearse(self.family.sizes(self.reader.header).hidden, self.dtype)
         except Exception as error:  # whatever stock code raises: a split that does not add up, shapes, a type
             said = " ".join(str(error).split())
             raise UserError(f"config.json: stock transformers cannot run it: {said}") from error
@@ -129,14 +130,25 @@ class Stream:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [N, L, hidden] of `ids` [N, L]; only the rows that occur are read."""
-        name = f"{self.family.text}.embed_tokens.weight"
+        """What the first layer gets for `ids` [N, L]: token embeddings [N, L, hidden], scaled where the stock model
+        scales them; only the rows that occur are read."""
+        name = f"{self.family.root}.embed_tokens.weight"
         rows = self.reader.spec(name).shape[0]
         if int(ids.max()) >= rows:
             raise UserError(f"{self.reader.folder}: the tokenizer gives id {int(ids.max())}, the model has {rows} rows")
         unique, inverse = torch.unique(ids, return_inverse=True)
-        return self.reader.rows(name, unique.tolist(), self.dtype).cpu()[inverse]
+        table = self.text.get_submodule("embed_tokens")
+        whole, padding = table.weight, table.padding_idx
+        table.padding_idx = None  # type: ignore[assignment]  # it may be no row of the part
+        table.weight = nn.Parameter(self.reader.rows(name, unique.tolist(), self.dtype), requires_grad=False)
+        found = torch.empty(*ids.shape, table.weight.shape[1], dtype=self.dtype)
+        batch = max(1, BATCH_TOKENS // ids.shape[1])
+        for start in range(0, len(ids), batch):
+            found[start : start + batch] = self._calls.first(inverse[start : start + batch].to(self.device))
+        table.weight, table.padding_idx = whole, padding
+        return found
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -156,7 +168,7 @@ class Stream:
             for name, child in originals.items():
                 if isinstance(child, nn.Linear):
                     module.set_submodule(name, child)
-            module.to("meta")
+            empty(module)
             return_freed_memory()
 
     @contextmanager
@@ -170,7 +182,7 @@ class Stream:
         try:
             yield module
         finally:
-            module.to("meta")
+            empty(module)
             return_freed_memory()
 
     @torch.no_grad()
@@ -179,25 +191,14 @@ class Stream:
         batch = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), batch):
             part = hidden[start : start + batch]
-            here = part.to(self.device)
-            out = self.through(layer, here)
+            out = self.through(layer, part.to(self.device))
             if keep:
                 part.copy_(out)
 
     def through(self, layer: nn.Module, here: torch.Tensor) -> torch.Tensor:
-        """What a layer makes of one batch [n, L, hidden] that is where the layer is; with a graph where torch makes
-        one."""
-        out = layer(here, attention_mask=None, position_embeddings=self._positions(here), use_cache=False)
-        found: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
-        return found
-
-    def _positions(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin as the stock model computes them for text without padding."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
-        if self.family.rope_axes > 1:
-            positions = positions.expand(self.family.rope_axes, -1, -1)
-        cos, sin = self._rotary(hidden, position_ids=positions)
-        return cos, sin
+        """What a layer of this stream makes of one batch [n, L, hidden] that is where the layer is, with the mask and
+        the positions that the stock model gives it for text without padding; with a graph where torch makes one."""
+        return self._calls.of(self._index[layer], here).of(layer, here)
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor, progress: Progress | None = None, label: str = "forward") -> torch.Tensor:
@@ -222,21 +223,38 @@ class Stream:
     def last_norm(self) -> nn.Module:
         """The decoder's last norm, filled from disk."""
         norm = self.text.get_submodule("norm")
-        assign(norm, "weight", self.reader.tensor(f"{self.family.text}.norm.weight", self.dtype))
+        assign(norm, "weight", self.reader.tensor(f"{self.family.root}.norm.weight", self.dtype))
         return norm
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits of normed hidden states [T, hidden] into `out` [T, vocab] float32 on the stream's device, by blocks
-        of the vocabulary."""
+        of the vocabulary; capped or scaled where the stock model does so."""
         name = self.family.head_tensor(self.reader.header)
         rows, columns = self.reader.spec(name).shape
         step = vocab_rows(columns)
         wide = hidden.to(self.device).float()  # logits in float32: rounded to bfloat16 they would blur a KL divergence
         for start in range(0, rows, step):
             block = self.reader.rows(name, slice(start, start + step), torch.float32)
-            torch.mm(wide, block.T, out=out[:, start : start + len(block)])
+            self._output(wide, block, out[:, start : start + len(block)])
         return out
+
+    def _output(self, hidden: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """Into `out` [T, n] what the stock model's own forward gives for hidden states [T, hidden], `rows` [n, hidden]
+        being its output matrix."""
+
+        def head(read: torch.Tensor) -> torch.Tensor:
+            return torch.mm(read[0], rows.T, out=out)[None]
+
+        decoder = self.model.get_submodule(self.family.text.partition(".")[0])
+        given = hidden[None]
+        with (
+            forward_of(decoder, lambda *_, **__: Last((given,))),
+            forward_of(self.model.get_submodule(self.family.head), head),
+        ):
+            found: torch.Tensor = self.model(inputs_embeds=given, use_cache=False).logits[0]
+        if found.data_ptr() != out.data_ptr():  # capped or scaled
+            out.copy_(found)
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -29,9 +29,12 @@ CUTS = {  # name -> pico model, options, the label that stock transformers loads
     "qwen2-both": ("qwen2", {"keep_heads": 6, "keep_ffn": 41}, "qwen2"),
     "qwen3-both": ("qwen3", {"keep_heads": 4, "keep_ffn": 41}, "qwen3"),
     "smollm3-both": ("smollm3", {"keep_heads": 6, "keep_ffn": 41}, "smollm3"),
+    "gemma3-both": ("gemma3_text", {"keep_heads": 4, "keep_ffn": 41}, "gemma3_text"),
     "glm-both": ("glm", {"keep_heads": 4, "keep_ffn": 41}, "glm"),
     "glm4-both": ("glm4", {"keep_heads": 6, "keep_ffn": 41}, "glm4"),
     "phi3-both": ("phi3", {"keep_heads": 6, "keep_ffn": 41}, "phi3"),
+    "qwen2_5_vl-ffn": ("qwen2_5_vl", {"keep_ffn": 41}, "qwen2_5_vl"),
+    "qwen3_vl-both": ("qwen3_vl", {"keep_heads": 4, "keep_ffn": 41}, "qwen3_vl"),
     "glm4v-ffn": ("glm4v", {"ffn": 0.4}, "glm4v"),
     "glm4v-heads": ("glm4v", {"keep_heads": 6}, "glm46v"),
     "glm4v-both": ("glm4v", {"ratio": 0.4, "heads": 0.5}, "glm46v"),
@@ -85,7 +88,9 @@ def test_cutting_is_masking(cut: str, tmp_path: Path) -> None:
     out = prune(source, tmp_path / "out", refit=False, **options)
     assert read_header(out).config["model_type"] == label
     masked = load(source)
-    missing = masked.load_state_dict(masked_weights(source, out), strict=False)
+    named = family_of(read_header(source)).parameter
+    silenced = {named(name): value for name, value in masked_weights(source, out).items() if "visual" not in name}
+    missing = masked.load_state_dict(silenced, strict=False)
     assert not missing.unexpected_keys
     inputs = [{"input_ids": torch.arange(40)[None]}]
     if "vision_config" in read_header(source).config:
@@ -118,6 +123,18 @@ def test_the_refit_lowers_the_error_of_every_layer(criterion: str, tmp_path: Pat
             assert 0 < errors["error"] < errors["error_without_refit"]
 
 
+def test_each_refit_takes_the_damping_that_is_best_on_held_out_windows(tmp_path: Path) -> None:
+    from compress.limits import DAMPINGS
+    from compress.receipt import load_receipt
+
+    source = tiny.llama(tmp_path / "source")
+    out = prune(source, tmp_path / "out", ratio=0.4, heads=0.5, held_out=0.25)
+    for layer in load_receipt(out)["steps"][0]["relative_output_error"]:
+        for errors in layer.values():
+            # the refit that is judged on other windows has not seen them
+            assert errors["damping"] in DAMPINGS and errors["error"] < errors["error_held_out"] < 1
+
+
 def test_heads_go_equally_from_every_kv_group(tmp_path: Path) -> None:
     source = tiny.llama(tmp_path / "source")
     out = prune(source, tmp_path / "out", keep_heads=4)
@@ -129,10 +146,18 @@ def test_heads_go_equally_from_every_kv_group(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"ffn": 0.5}, {"keep_heads": 4}, {"keep_heads": 4, "flavour": "native"}])
 def test_vision_passes_through_byte_for_byte(options: dict[str, object], tmp_path: Path) -> None:
-    source = tiny.glm4v(tmp_path / "source", dtype=torch.bfloat16)
+    vision_is_kept(tiny.glm4v(tmp_path / "source", dtype=torch.bfloat16), tmp_path, options)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_other_vision_towers_pass_through_as_well(family: str, tmp_path: Path) -> None:
+    vision_is_kept(getattr(tiny, family)(tmp_path / "source", dtype=torch.bfloat16), tmp_path, {"ffn": 0.5})
+
+
+def vision_is_kept(source: Path, tmp_path: Path, options: dict[str, object]) -> None:
     out = prune(source, tmp_path / "out", **options)
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
-    vision = [name for name in before if name.startswith("model.visual.")]
+    vision = [name for name in before if "visual." in name]
     assert len(vision) > 10
     for name in vision:
         assert torch.equal(before[name], after[name]), name

@@ -5,6 +5,7 @@ Shapes are compared on the meta device, on configs with nothing in them that has
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ import torch
 from compress.arch import FAMILIES, Family, described, family_of
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.reader import Reader
+from compress.data import DataSpec
 from compress.errors import UserError
 from compress.machine import Machine
 from compress.plan import make_plan
-from compress.recipe import loads
+from compress.recipe import Recipe, loads
+from compress.run import run
+from compress.steps.prune.options import PruneOptions
+from compress.stream import forward
 from compress.stream.forward import Stream
 from compress.stream.stock import stock_config
 from tests import sparse, tiny
@@ -33,8 +38,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: getattr(tiny, name)(folder / name) for name in LOADED}
 
 
-BIASED = ["llama", "qwen2", "qwen3", "smollm3", "glm", "glm4", "phi3", "mistral", "glm4v"]
-SLIDING = {"use_sliding_window": True, "sliding_window": 16, "num_hidden_layers": 4}
+BIASED = ["llama", "qwen2", "qwen3", "smollm3", "gemma3_text", "glm", "glm4", "phi3", "mistral", "glm4v"]
+WINDOWED: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 16}
 
 
 def minimal(name: str, **changes: Any) -> dict[str, Any]:
@@ -43,8 +48,6 @@ def minimal(name: str, **changes: Any) -> dict[str, Any]:
     text = {key: value for key, value in MINIMAL.items() if key != "num_key_value_heads"}
     text |= {"hidden_size": 512, "num_attention_heads": 64, "pad_token_id": 0, **changes}
     start: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
-    if name == "mistral":
-        start["sliding_window"] = None
     if family.text != "model":
         vision = {"hidden_size": 32, "num_heads": 2, "depth": 1, "out_hidden_size": 512}
         kind = {"model_type": "glm_image_text"} if name == "glm46v" else {}
@@ -59,6 +62,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}-null": (name, {"num_key_value_heads": None}) for name in ("llama", "qwen2", "smollm3", "phi3")},
     **{f"{name}-narrow": (name, {"head_dim": 6}) for name in ("mistral", "qwen2", "qwen3", "smollm3", "glm4", "phi3")},
     "smollm3-untied": ("smollm3", {"tie_word_embeddings": False}),
+    "gemma3_text-untied": ("gemma3_text", {"tie_word_embeddings": False}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
 }
 
@@ -75,9 +79,23 @@ def test_what_a_config_leaves_out_is_what_its_class_fills_in(case: str) -> None:
     assert family.shapes(header) == text_shapes(family, found, tied)
 
 
+def test_a_qwen2_5_vl_may_have_its_text_keys_beside_all_others() -> None:
+    """As the configs of the hub have them."""
+    nested = minimal("qwen2_5_vl")
+    flat = {**nested.pop("text_config"), **nested}
+    header = Header(config=flat, tensors={}, locations={})
+    family = family_of(header)
+    cut = family.with_units(flat, {"intermediate_size": 40})
+    for config in (flat, cut):
+        found = stock_shapes(config)
+        assert found is not None
+        assert family.shapes(replace(header, config=config)) == text_shapes(family, found, tied=False)
+
+
 def text_shapes(family: Family, found: Shapes, tied: bool) -> Shapes:
     """Of the tensors of a stock model, those of the decoder and the output matrix, where it is stored."""
-    text = {key: shape for key, shape in found.items() if key.startswith(f"{family.text}.")}
+    inside = f"{family.text}."
+    text = {f"{family.root}.{k.removeprefix(inside)}": shape for k, shape in found.items() if k.startswith(inside)}
     return text if tied else {**text, f"{family.head}.weight": found[f"{family.head}.weight"]}
 
 
@@ -89,7 +107,7 @@ def test_what_a_plan_leaves_is_what_stock_transformers_takes(case: str, tmp_path
     header = Header(config=config, tensors={}, locations={})
     sizes, shapes = FAMILIES[name].sizes(header), FAMILIES[name].shapes(header)
     model = sparse.save(tmp_path / "model", config, shapes)
-    heads = max(32, sizes.kv_heads)
+    heads = sizes.heads if name == "qwen2_5_vl" else max(32, sizes.kv_heads)
     recipe = loads(f"model: {model}\nsteps:\n  - prune: {{keep_ffn: 40, keep_heads: {heads}}}\n")
     (step,) = make_plan(recipe, Machine(1), check_machine=False).steps
     found = stock_shapes(dict(step.after.config))
@@ -102,19 +120,29 @@ def test_what_a_plan_leaves_is_what_stock_transformers_takes(case: str, tmp_path
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        ({"model_type": "qwen2", **SLIDING, "max_window_layers": 3}, "use_sliding_window must be false, found true"),
-        ({"model_type": "qwen3", **SLIDING, "max_window_layers": 3}, "use_sliding_window must be false, found true"),
-        ({"model_type": "qwen3", **SLIDING, "num_hidden_layers": 29}, "use_sliding_window must be false, found true"),
-        ({"model_type": "qwen2", **SLIDING, "max_window_layers": 4}, None),
-        ({"model_type": "qwen2", **SLIDING, "use_sliding_window": False, "max_window_layers": 0}, None),
-        ({"model_type": "qwen2", **SLIDING, "sliding_window": None, "max_window_layers": 0}, None),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "may not hold 'sliding_att"),
-        ({"model_type": "qwen3", **SLIDING, "layer_types": ["full_attention"] * 4}, None),
-        ({"model_type": "smollm3", **SLIDING}, "use_sliding_window must be false, found true"),
-        ({"model_type": "smollm3", **SLIDING, "sliding_window": None}, None),
-        ({"model_type": "smollm3", "layer_types": ["chunked_attention"]}, "layer_types may not hold 'chunked_att"),
-        ({"model_type": "phi3", "sliding_window": 4095}, "must be null or at least max_position_embeddings"),
-        ({"model_type": "phi3", "sliding_window": 4096}, None),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"]},
+            "'chunked_attention' in layer",
+        ),
+        (
+            {"model_type": "smollm3", "layer_types": ["linear_attention"]},
+            "'linear_attention' in layer_types is not sup",
+        ),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "but this qwen2 has no sliding_window"),
+        (
+            {"model_type": "smollm3", "layer_types": ["sliding_attention"], "use_sliding_window": True},
+            "has no sliding_w",
+        ),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"], "use_sliding_window": True}, None),
+        ({"model_type": "gemma3_text", "layer_types": ["sliding_attention"]}, None),
+        (
+            {"model_type": "gemma3_text", "layer_types": ["sliding_attention"], "sliding_window": None},
+            "has no sliding_w",
+        ),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention must be false",
+        ),
         ({"model_type": "qwen2", "head_dim": None}, "a qwen2 cannot have a head_dim of null"),
         ({"model_type": "glm4", "head_dim": None}, "a glm4 cannot have a head_dim of null"),
         ({"model_type": "glm", "num_key_value_heads": None}, "a glm cannot have a num_key_value_heads of null"),
@@ -128,14 +156,6 @@ def test_what_the_executor_or_stock_code_does_not_take_is_refused(config: dict[s
     with pytest.raises(UserError) as caught:
         described(config)
     assert line in caught.value.message and "\n" not in caught.value.message
-
-
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("first", [0, 3, 4])
-def test_a_window_is_where_the_stock_class_puts_it(name: str, first: int) -> None:
-    config = minimal(name, **SLIDING, max_window_layers=first)
-    slides = "sliding_attention" in stock_config(config).layer_types
-    assert (FAMILIES[name].unlike(config) is not None) == slides == (first < 4)
 
 
 def test_a_phi3_with_longrope_keeps_its_heads(tmp_path: Path) -> None:
@@ -160,6 +180,40 @@ def test_the_stream_computes_what_the_stock_model_computes(name: str, models: di
         streamed = Stream(reader, FAMILIES[name], dtype=torch.float32).logits(ids)
     expected = logits(load(models[name]), {"input_ids": ids})
     torch.testing.assert_close(streamed, expected, rtol=1e-5, atol=1e-5)
+
+
+MIXED = ["sliding_attention", "full_attention"]
+WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {  # all windows are shorter than the text
+    "mistral": ("mistral", {"sliding_window": 16}),
+    "phi3": ("phi3", {"sliding_window": 16}),
+    "qwen2-from-a-layer-on": ("qwen2", {**WINDOWED, "max_window_layers": 1}),
+    "qwen3-by-layer-types": ("qwen3", {**WINDOWED, "layer_types": MIXED}),
+    "smollm3": ("smollm3", WINDOWED),
+    "gemma3-by-pattern": ("gemma3_text", {"layer_types": None, "sliding_window": 8, "num_hidden_layers": 7}),
+    "gemma3-capped": ("gemma3_text", {"final_logit_softcapping": 2.0}),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_a_window_is_streamed_and_cut_as_the_stock_class_computes_it(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two windows and one, in the text's length: masks are those of every batch."""
+    monkeypatch.setattr(forward, "BATCH_TOKENS", 96)
+    name, changes = WINDOWS[case]
+    source = getattr(tiny, name)(tmp_path / "source", **changes)
+    ids = torch.randint(0, 250, (3, 48), generator=torch.Generator().manual_seed(3))
+    options = PruneOptions(keep_ffn=41, keep_heads=4)
+    recipe = Recipe.single("prune", str(source), options, data=DataSpec(source="builtin", samples=3, length=48))
+    for folder in (source, run(recipe, tmp_path / "out", Machine(1)).out):
+        with Reader(folder) as reader:
+            streamed = Stream(reader, FAMILIES[name], dtype=torch.float32).logits(ids)
+        whole = load(folder)
+        torch.testing.assert_close(streamed, logits(whole, {"input_ids": ids}), rtol=1e-5, atol=1e-5)
+    if "capped" not in case:
+        seen = torch.ones(3, 1, 48, 48, dtype=torch.bool).tril()  # as it is, where a model has one kind of layers
+        given = seen if name in ("mistral", "phi3") else {"full_attention": seen, "sliding_attention": seen}
+        assert not torch.allclose(streamed, whole(ids, attention_mask=given).logits, atol=1e-2)  # the window matters
 
 
 @pytest.mark.parametrize("name", LOADED)

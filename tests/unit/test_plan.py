@@ -247,12 +247,23 @@ def test_a_missing_model_does_not_hide_what_else_is_wrong(tmp_path: Path) -> Non
     assert keys == ["model", "teacher", "data.training", "gates.max_kl"]
 
 
+def test_fewer_tokens_than_columns_are_refused_but_by_force(tmp_path: Path) -> None:
+    model, data = sparse.llama(tmp_path / "model"), "{calibration: {samples: 2}}"
+    (line,) = refusal(model, "prune: {ffn: 0.2}", data=data)
+    assert "steps.0.prune: 1024 calibration tokens for a Gram matrix of 1536 columns: 0.67 a column" in line
+    (step,) = planned(model, "prune: {ffn: 0.2, force: true}", data=data).steps
+    assert any("0.7 calibration tokens per column" in note for note in step.notes)
+    planned(model, "prune: {ffn: 0.2, refit: false}", data=data)  # no matrix, nothing to be singular
+    (line,) = refusal(model, "prune: {ffn: 0.2, held_out: 0.1}", data="{calibration: {samples: 4}}")
+    assert "held_out: 0.1 of 4 calibration windows is none" in line
+
+
 @pytest.mark.parametrize("part", ["calibration", "training"])
 def test_judging_on_what_the_result_was_made_with_is_noted(part: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some words that stand for a text. " * 2000)
     step = "prune: {ffn: 0.2}" if part == "calibration" else "distill: {max_steps: 1}"
-    data = f"{{{part}: {{source: {text}, samples: 2}}, evaluation: {{source: {text}, samples: 2}}}}"
+    data = f"{{{part}: {{source: {text}, samples: 4}}, evaluation: {{source: {text}, samples: 2}}}}"
     made = planned(sparse.llama(tmp_path / "model"), step, data=data, evaluate="last")
     assert made.notes == (
         f"evaluation and {part} read the same text ({text}): the result is judged on what it was made with",

@@ -90,7 +90,8 @@ def test_layers_hold_the_receipts_errors_and_the_curves_cost(pruned: Path) -> No
     assert list(zip(layers.layer, layers.group, strict=True)) == [(n, g) for n in range(3) for g in ("heads", "ffn")]
     told = compress.load_receipt(pruned)["steps"][0]["relative_output_error"]
     for row in layers.itertuples():
-        assert (row.error, row.error_without_refit) == tuple(told[row.layer][row.group].values())
+        said = told[row.layer][row.group]
+        assert (row.error, row.error_without_refit) == (said["error"], said["error_without_refit"])
         assert row.error < row.error_without_refit < 1
         assert row.removed == {"heads": 0.5, "ffn": 0.25}[row.group]
         curve = found.curve(row.group)
@@ -188,7 +189,7 @@ def test_several_steps_want_a_name(source: Path, copy: Path) -> None:
         load_sensitivity(copy, "3-prune")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_sensitivity(copy / "nowhere")
-    with pytest.raises(UserError, match=r"no saved scores; .*source is not the result of a prune step"):
+    with pytest.raises(UserError, match=r"no saved scores; .*source is neither a sensitivity folder nor a prune"):
         load_sensitivity(source)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from compress import solve
 from compress.errors import UserError
-from compress.solve import cut_error, damping_vector, factor, greedy_removal, refit
+from compress.limits import DAMPINGS
+from compress.solve import Elimination, HeldOut, best_damping, cut_error, damping_vector, factor, greedy_removal, refit
 
 Array = npt.NDArray[np.float64]
 GREEDY = 1.25  # greedy removal costs at most this much more than the best choice, on the problems below
@@ -93,6 +94,27 @@ def test_cut_error_is_the_error_of_the_output() -> None:
     expected = problem.error(embedded(problem.w[:, keep], keep, 16))
     assert cut_error(problem.weight, problem.hessian, torch.tensor(keep)) == pytest.approx(expected, rel=1e-4)
     assert cut_error(torch.zeros(2, 4), torch.eye(4), torch.tensor([0, 1])) == 0.0
+
+
+def test_held_out_windows_choose_the_damping_that_is_best_on_them() -> None:
+    tokens, kept_back = 40, 10  # few tokens for 24 columns: the least damping is not the best
+    problem, keep = Problem(24, tokens=tokens, seed=3), [*range(0, 24, 2)]
+    fit, held = problem.x[:-kept_back], problem.x[-kept_back:]
+    errors = {}
+    for damping in DAMPINGS:
+        ridge = damping * (fit**2).mean() * np.eye(len(keep))
+        system = fit[:, keep].T @ fit[:, keep] / len(fit) + ridge
+        weight = np.linalg.solve(
+            system, (problem.w @ (fit.T @ fit[:, keep] / len(fit)) + problem.w[:, keep] @ ridge).T
+        ).T
+        lost = (held[:, keep] @ weight.T - held @ problem.w.T) ** 2
+        errors[damping] = lost.sum() / ((held @ problem.w.T) ** 2).sum()
+    best = min(errors, key=lambda damping: errors[damping])
+    assert DAMPINGS[0] < best < DAMPINGS[-1]
+    gram = torch.tensor(held.T @ held / kept_back, dtype=torch.float32)
+    found = best_damping(problem.weight, problem.hessian, torch.tensor(keep), HeldOut(gram, kept_back / tokens))
+    assert found[0] == best
+    assert found[1] == pytest.approx(errors[best], rel=1e-3)
 
 
 def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
@@ -236,3 +258,43 @@ def test_a_factor_that_fails_in_float32_is_taken_in_float64() -> None:
             torch.testing.assert_close(lower @ lower.T, matrix, rtol=1e-4, atol=1e-4)
             return
     pytest.fail("no matrix of 200 that float32 cannot factor and float64 can")
+
+
+@pytest.mark.parametrize("double_up_to", [4096, 0], ids=["float64", "float32"])
+def test_one_factor_gives_the_error_of_every_leading_cut(double_up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output by output what the refit of the kept columns leaves, for nested cuts in one order, none and all but one
+    included."""
+    monkeypatch.setattr(solve, "DOUBLE_UP_TO", double_up_to)
+    problem = Problem(24, seed=5)
+    going = torch.tensor(np.random.default_rng(1).permutation(24))
+    counts = [0, 1, 7, 12, 20, 23]
+    found = Elimination(problem.weight, problem.hessian, problem.ridge, going)
+    errors = found.leading(counts)
+    energy = ((problem.w @ problem.x.T) ** 2).mean(1)
+    assert np.allclose(found.energy, energy, rtol=1e-4)
+    for count, error in zip(counts, errors, strict=True):
+        keep = sorted(going[count:].tolist())
+        refitted = refit(problem.weight, problem.hessian, torch.tensor(keep), problem.ridge)
+        full = embedded(refitted.weight.double().numpy(), keep, 24)
+        assert np.allclose(
+            error, (((full - problem.w) @ problem.x.T) ** 2).mean(1), rtol=2e-3, atol=1e-4 * energy.max()
+        )
+        assert float(error.sum() / found.energy.sum()) == pytest.approx(refitted.error, rel=2e-3, abs=1e-5)
+    assert errors[0].max() == 0
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_error_without_a_unit_is_that_of_the_refit_of_all_others(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solve, "ALONE", 8)  # several parts
+    problem, importance = Problem(24, seed=6), torch.rand(6, generator=torch.Generator().manual_seed(0))
+    owned = torch.arange(24).view(-1, width)
+    going = torch.tensor(np.random.default_rng(2).permutation(24))
+    found = Elimination(problem.weight, problem.hessian, problem.ridge, going).alone(owned, importance)
+    for unit, columns in enumerate(owned.tolist()):
+        keep = [column for column in range(24) if column not in columns]
+        refitted = refit(problem.weight, problem.hessian, torch.tensor(keep), problem.ridge)
+        full = embedded(refitted.weight.double().numpy(), keep, 24)
+        error = (((full - problem.w) @ problem.x.T) ** 2).mean(1)
+        assert float(found[unit]) == pytest.approx(float(error @ importance.double().numpy()), rel=1e-3)

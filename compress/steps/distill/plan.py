@@ -31,6 +31,11 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
     if family_of(before).stock is not None:
         refuse("", "stock transformers, which trains it, does not load the flavour native", hint=PORTABLE)
     _check_teacher(before, context, refuse)
+    if not complaints:
+        for whose, header in (("the model", before), ("the teacher", context.teacher)):
+            beside = None if header is None else family_of(header).head_beside(header.text_config)
+            if beside is not None:  # the loss makes logits from hidden states and output matrix, tile by tile
+                refuse("", f"{whose} cannot be distilled: {beside}, and the loss knows none of that")
     if complaints or context.teacher is None:
         return None
     family = family_of(before)
@@ -56,7 +61,7 @@ def plan(before: Header, options: DistillOptions, context: PlanContext, complain
 
 def trained(header: Header, family: Family) -> tuple[str, ...]:
     """Names on disk of what is trained: the text model and the output matrix."""
-    return tuple(name for name in header.tensors if name.startswith((f"{family.text}.", f"{family.head}.")))
+    return tuple(name for name in header.tensors if name.startswith((f"{family.root}.", f"{family.head}.")))
 
 
 def activations(sizes: Sizes, tokens: int, autocast: bool = False) -> int:

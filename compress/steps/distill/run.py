@@ -177,7 +177,8 @@ def _write(job: Job, model: nn.Module) -> None:
     names = frozenset(trained(after, job.family))
     # both names of a tied matrix lead to the one parameter, so a head that is not on disk is not missed
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
-    placed = {id(parameters[name]) for name in names if name in parameters}
+    of = {name: job.family.parameter(name) for name in names}  # by its name on disk
+    placed = {id(parameters[name]) for name in of.values() if name in parameters}
     lost = [name for name, value in parameters.items() if value.requires_grad and id(value) not in placed]
     if lost:
         raise SelfCheckError(f"distill trained '{lost[0]}', which has no place in the checkpoint")
@@ -189,8 +190,8 @@ def _write(job: Job, model: nn.Module) -> None:
         writer.config(after.config, job.source)
         with job.progress.task("writing the student", len(after.tensors)) as task:
             for name, spec in after.tensors.items():
-                if name in names and name in parameters:
-                    writer.put(name, _rounded(name, parameters[name], TORCH_DTYPES[spec.dtype]))
+                if name in names and of[name] in parameters:
+                    writer.put(name, _rounded(name, parameters[of[name]], TORCH_DTYPES[spec.dtype]))
                 else:
                     writer.copy(reader, name)
                 task.advance()

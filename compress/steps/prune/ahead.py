@@ -11,7 +11,7 @@ from compress.data import expected_tokens
 from compress.errors import size
 from compress.limits import BATCH_TOKENS, TAPE_BYTES, VOCAB_BYTES, vocab_rows
 from compress.steps.prune.options import PruneOptions
-from compress.steps.types import PlanContext
+from compress.steps.types import Complain, PlanContext
 from compress.stream import GRADIENTS
 
 
@@ -24,11 +24,15 @@ class Ahead:
     notes: tuple[str, ...] = ()
 
 
-def ahead(options: PruneOptions, before: Header, family: Family, layer: int, context: PlanContext) -> Ahead:
+def ahead(
+    options: PruneOptions, before: Header, family: Family, layer: int, context: PlanContext, complain: Complain
+) -> Ahead:
     """What `options.criterion` takes first. `layer`: parameters of the largest layer."""
     needs = CRITERIA[options.criterion].needs
     if not needs & GRADIENTS:
         return Ahead()
+    if (beside := family.head_beside(before.text_config)) is not None:
+        complain("criterion", f"{options.criterion} needs the gradient of the loss, which knows none of this: {beside}")
     data, sizes = context.data["calibration"], family.sizes(before)
     windows = min(options.gradient_samples, expected_tokens(data, "calibration") // data.length)
     tokens = windows * data.length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from compress.arch import FLAVOURS
 from compress.criteria import CRITERIA
+from compress.limits import DAMPINGS
 from compress.steps.types import StepOptions, one_of
 
 NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
@@ -47,6 +49,55 @@ def _target(units: dict[str, int], spelled: str, example: str) -> tuple[BeforeVa
     return BeforeValidator(read), WithJsonSchema({"anyOf": kinds})
 
 
+def _patterns(found: Any) -> Any:
+    """A list, or text with commas between: patterns of modules."""
+    if found is None:
+        return None
+    given = found.split(",") if isinstance(found, str) else found
+    if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) and each.strip() for each in given):
+        raise ValueError(f"found {found!r}, allowed: a list of patterns, or text such as layers.11.mlp,layers.0-3.*")
+    return tuple(each.strip() for each in given)
+
+
+def _widths(found: Any) -> Any:
+    """A map, or text with commas between: patterns of modules and the units that stay."""
+    if found is None:
+        return None
+    wrong = ValueError(f"found {found!r}, allowed: a map of patterns to widths, or text such as layers.5.mlp=1024")
+    given = found
+    if isinstance(found, str):
+        pairs = [[side.strip() for side in each.split("=")] for each in found.split(",")]
+        if not all(len(pair) == 2 and pair[0] and pair[1].isascii() and pair[1].isdigit() for pair in pairs):
+            raise wrong
+        given = {name: int(width) for name, width in pairs}
+        if len(given) < len(pairs):
+            raise ValueError(f"found {found!r}, where a pattern stands twice")
+    if not isinstance(given, Mapping) or not all(
+        isinstance(name, str) and type(width) is int and width > 0 for name, width in given.items()
+    ):
+        raise wrong
+    return dict(given)
+
+
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+Patterns = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(_patterns),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": _TEXT}, _TEXT, {"type": "null"}]}),
+]
+Widths = Annotated[
+    dict[str, int] | None,
+    BeforeValidator(_widths),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "object", "additionalProperties": {"type": "integer", "exclusiveMinimum": 0}},
+                _TEXT,
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 
@@ -73,6 +124,16 @@ class PruneOptions(StepOptions):
     bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "17.9GB or 11GiB")] = Field(
         None, description="Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."
     )
+    protect: Patterns = Field(
+        None,
+        description="Decoder modules that are not cut, by name or pattern, as in layers.11.mlp,layers.0-3.*; layers "
+        "then differ in width.",
+    )
+    pin: Widths = Field(
+        None,
+        description="Units that stay in decoder modules, exactly, as in layers.5.mlp=1024,layers.2?.self_attn=8; "
+        "layers then differ in width.",
+    )
     flavour: Annotated[str, *one_of("flavour", FLAVOURS)] = Field(
         "portable",
         description="What a glm4v with fewer heads becomes: portable (glm46v, for stock transformers and vLLM) or "
@@ -87,4 +148,12 @@ class PruneOptions(StepOptions):
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."
+    )
+    held_out: Share | None = Field(
+        None,
+        description="Share of the calibration windows that are kept back to choose the damping of each refit on, from "
+        f"{DAMPINGS[0]} to {DAMPINGS[-1]}; the refit itself then sees all of them.",
+    )
+    force: bool = Field(
+        False, description="Prune even with fewer calibration tokens than a refitted matrix has columns."
     )

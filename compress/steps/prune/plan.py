@@ -9,10 +9,12 @@ from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
+from compress.criteria import CRITERIA
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead, ahead
+from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keeps, Layer, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -41,7 +43,10 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
-    decoder = Decoder(layers, measure)
+    by_hand = fixed_by_hand(options, layers, complain)
+    if by_hand is None:
+        return None
+    decoder = Decoder(layers, measure, by_hand.units)
     resolved = resolve(options, decoder, complain)
     if resolved is None:
         return None
@@ -58,7 +63,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     share = decoder.removed(keep) / decoder.matrix_parameters
     sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
-    first = ahead(options, before, family, _layer_parameters(before), context)
+    first = ahead(options, before, family, _layer_parameters(before), context, complain)
     return PrunePlan(
         kind="prune",
         options=options,
@@ -66,16 +71,17 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, context, before, first),
+        memory=_memory(sizes, options, context, before, first),
         # hidden states, and the next before the last ones go
         scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch),
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
+            *by_hand.notes,
             *chosen,
-            *_label_notes(family, family_of(after), why),
+            *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *first.notes,
-            *_refit_note(options, decoder, keep, context),
+            *_refit_note(options, decoder, keep, context, complain),
         ),
         keep=keep,
         removed=share,
@@ -128,13 +134,14 @@ def _label(
     return found
 
 
-def _label_notes(before: Family, after: Family, why: str) -> list[str]:
+def _label_notes(before: Family, result: Header, why: str) -> list[str]:
     """Under which label the result stands and why, and who loads it, where that is not plain."""
+    after = family_of(result)
     notes = [f"written as {after.model_type}, because {why}"] if why else []
     if after.rope != before.rope:
         notes.append(f"the rotary rows of every head in q_proj and k_proj go from {before.rope} to {after.rope}")
     if why or after.stock is not None:
-        notes.append(f"loaded by {' and '.join(after.loaders)}")
+        notes.append(f"loaded by {' and '.join(after.loaders_of(result.config))}")
     return notes
 
 
@@ -172,14 +179,15 @@ def _layer_parameters(before: Header) -> int:
     return sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
 
 
-def _memory(sizes: Sizes, context: PlanContext, before: Header, first: Ahead) -> int:
+def _memory(sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header, first: Ahead) -> int:
     """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; or what
     is done first."""
     data = context.data["calibration"]
     tokens = _tokens(context)
     layer = _layer_parameters(before)
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
-    gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2)
+    # with windows held out every reader has a second Gram matrix
+    gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2) * (1 if options.held_out is None else 2)
     solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
@@ -193,14 +201,32 @@ def _tokens(context: PlanContext) -> int:
     return expected_tokens(context.data["calibration"], "calibration")
 
 
-def _refit_note(options: PruneOptions, decoder: Decoder, keep: Keeps, context: PlanContext) -> list[str]:
+def _refit_note(
+    options: PruneOptions, decoder: Decoder, keep: Keeps, context: PlanContext, complain: Complain
+) -> list[str]:
+    """How many calibration tokens there are for every column of the widest Gram matrix (T/n); a complaint under 1."""
     data = context.data["calibration"]
     refitted = [
         layer.sizes.ffn for layer, each in zip(decoder.layers, keep, strict=True) if each["ffn"] < own(layer, "ffn")
     ]
     widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
-    if not options.refit or data.samples is None:
+    if not options.refit and "gram" not in CRITERIA[options.criterion].needs:
         return []
-    per_column = data.samples * data.length / widest
-    note = f"refit: {per_column:.1f} calibration tokens per column"
-    return [note + (" (under 4: the refit will be poor; give more samples)" if per_column < 4 else "")]
+    if (
+        options.held_out is not None
+        and data.samples is not None
+        and not (0 < round(options.held_out * data.samples) < data.samples)
+    ):
+        complain("held_out", f"{options.held_out} of {data.samples} calibration windows is none, or all of them")
+    if data.samples is None:
+        return []
+    tokens = data.samples * data.length
+    if tokens < widest and not options.force:
+        complain(
+            "",
+            f"{tokens} calibration tokens for a Gram matrix of {widest} columns: {tokens / widest:.2f} a column, and "
+            "under 1 it is singular",
+            "give more samples (4 tokens a column or more), or force",
+        )
+    note = f"refit: {tokens / widest:.1f} calibration tokens per column"
+    return [note + (" (under 4: the refit will be poor; give more samples)" if tokens < 4 * widest else "")]

@@ -18,17 +18,16 @@ from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
-from compress.criteria import CRITERIA, GroupView, Ranking
+from compress.criteria import CRITERIA, GroupView, Ranking, ranking_of
 from compress.data import windows
 from compress.device import device_of
-from compress.errors import UserError
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
-from compress.solve import cut_error, damping_vector, refit
+from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
-from compress.steps.prune.scores import Chosen
+from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.types import Job, Outcome
 from compress.stream import GRADIENTS, Statistic
@@ -92,7 +91,6 @@ class _Pruner:
         self.job, self.plan, self.options = job, plan, options
         self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[options.criterion]
-        self.rank = self.criterion.load()
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
         self.before = Stream(streamed, family, dtype=dtype)
@@ -181,7 +179,7 @@ class _Pruner:
     def _layer(self, index: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Rank, choose, cut and refit every group of one layer; returns its tensors, by their names inside it."""
         tensors = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
-        found = self._statistics(index, tensors, hidden) if hidden is not None else {}
+        found, held = self._statistics(index, tensors, hidden) if hidden is not None else ({}, {})
         picked: dict[str, Chosen] = {}
         for group in self.groups[index]:
             what = f"layer {index} {group.name}"
@@ -190,44 +188,49 @@ class _Pruner:
                 statistics[kind] = value.to(self.streamed.device)
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
-            ranking = self._rank(seen)
+            ranking = ranking_of(self.criterion, seen, self.options.damping)
             keep = select(ranking, group, self.plan.keep[index][group.name])
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
             tensors = cut(tensors, group, keep)
             error = before = None
+            damping = held_out = None
             if hessian is not None and self.options.refit:
-                ridge = damping_vector(hessian, self.options.damping)
-                result = refit(seen.reader, hessian, kept_columns, ridge, what)
+                damping, held_out = self._damping(seen, kept_columns, held.pop(group.name, None))
+                result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
                 error, before = result.error, result.error_before
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
-            picked[group.name] = Chosen(Ranking(ranking.order.cpu(), ranking.cost.cpu()), keep.cpu(), error, before)
+            ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
+            picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping))
         self.chosen.append(picked)
         return {name: arranged(name, value, self.orders[index]) for name, value in tensors.items()}
 
-    def _rank(self, seen: GroupView) -> Ranking:
-        """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
-        ranking = self.rank(seen, self.options.damping)
-        if not bool(torch.isfinite(ranking.cost).all()):
-            needs = self.criterion.needs
-            what = "gradients" if needs & GRADIENTS else "activations" if needs else "weights"
-            raise UserError(f"{seen.name}: costs by {self.options.criterion} are NaN or infinite: {what} overflow")
-        return ranking
+    def _damping(self, seen: GroupView, kept: torch.Tensor, held: HeldOut | None) -> tuple[float, float | None]:
+        """The damping of one refit, and its error on the held-out windows where there are any."""
+        if held is None:
+            return self.options.damping, None
+        return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
 
     def _statistics(
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
-    ) -> dict[str, dict[Statistic, torch.Tensor]]:
-        """What is wanted of the readers' inputs, by group."""
+    ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut]]:
+        """What is wanted of the readers' inputs, by group; and of the held-out windows, the last ones, their Gram."""
         groups = self.groups[index]
         if not groups:
-            return {}
+            return {}, {}
         gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
         readers = {g.reader: gathered[g.name] for g in groups}
+        back = round((self.options.held_out or 0) * len(hidden)) if self.options.refit else 0
+        kept_back = {g.name: Gathered({"gram"}, g.units, g.width, self.streamed.device) for g in groups if back}
         with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
-            self.before.advance(layer, hidden, keep=False)
-        return {name: each.results() for name, each in gathered.items()}
+            self.before.advance(layer, hidden[: len(hidden) - back], keep=False)
+            if back:
+                with gathering(layer, {g.reader: kept_back[g.name] for g in groups}):
+                    self.before.advance(layer, hidden[-back:], keep=False)
+        held = {name: HeldOut(each.results()["gram"], back / len(hidden)) for name, each in kept_back.items()}
+        return {name: each.results() for name, each in gathered.items()}, held
 
 
 def _loading(plan: PrunePlan) -> dict[str, Any]:
@@ -237,7 +240,7 @@ def _loading(plan: PrunePlan) -> dict[str, Any]:
         "model_type": family.model_type,
         "rope_layout": family.rope,
         "stock_transformers": family.stock is None,
-        "loaded_by": list(family.loaders),
+        "loaded_by": list(family.loaders_of(plan.after.config)),
         "trust_remote_code": is_per_layer(plan.after.config),
     }
 

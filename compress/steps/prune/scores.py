@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,14 +19,25 @@ from compress.steps.types import Job
 
 
 @dataclass(frozen=True)
+class Errors:
+    """Relative output errors of one group of one layer on the calibration inputs: as written, and without the refit;
+    None when no Gram matrix was taken, because neither criterion nor refit needed one. `error_held_out`: of a refit
+    made without the held-out windows, on them, with the `damping` that was best there. `damping` is None without refit.
+    """
+
+    error: float | None
+    error_without_refit: float | None
+    error_held_out: float | None
+    damping: float | None
+
+
+@dataclass(frozen=True)
 class Chosen:
-    """What happened to one group of one layer. Errors are relative output errors on the calibration inputs, None
-    when no Gram matrix was taken: neither the criterion nor the refit needed one."""
+    """What happened to one group of one layer."""
 
     ranking: Ranking
     keep: torch.Tensor
-    error: float | None
-    error_without_refit: float | None
+    errors: Errors
 
 
 Layers = Sequence[Mapping[str, Chosen]]  # one map of groups a layer
@@ -46,10 +57,7 @@ def tensors(chosen: Layers) -> dict[str, torch.Tensor]:
 
 def errors(chosen: Layers) -> list[dict[str, Any]]:
     """The errors of every layer, by group."""
-    return [
-        {name: {"error": one.error, "error_without_refit": one.error_without_refit} for name, one in groups.items()}
-        for groups in chosen
-    ]
+    return [{name: asdict(one.errors) for name, one in groups.items()} for groups in chosen]
 
 
 def restored(found: Mapping[str, torch.Tensor], said: Sequence[Mapping[str, Any]]) -> list[dict[str, Chosen]]:
@@ -62,7 +70,7 @@ def restored(found: Mapping[str, torch.Tensor], said: Sequence[Mapping[str, Any]
 
 def _restored(found: Mapping[str, torch.Tensor], prefix: str, said: Mapping[str, Any]) -> Chosen:
     ranking = Ranking(found[f"{prefix}.order"].long(), found[f"{prefix}.cost"])
-    return Chosen(ranking, found[f"{prefix}.keep"].long(), said["error"], said["error_without_refit"])
+    return Chosen(ranking, found[f"{prefix}.keep"].long(), Errors(**said))
 
 
 def document(job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, digest: str) -> dict[str, Any]:

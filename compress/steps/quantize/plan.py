@@ -33,7 +33,7 @@ def plan(before: Header, options: QuantizeOptions, context: PlanContext, complai
         complain("", f"tensor '{other.name}' has dtype {other.dtype}; only float checkpoints can be quantized")
         return None
     if not linears:
-        complain("", f"the checkpoint has no linear below '{family.text}.layers', so nothing to quantize")
+        complain("", f"the checkpoint has no linear below '{family.inside[:-1]}', so nothing to quantize")
         return None
     after = how.plan(before, linears)
     return StepPlan(
