@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.criteria import CRITERIA
+from compress.curves import Curves
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.budgets import fixed_by_hand
+from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keeps, Layer, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -24,10 +28,18 @@ _NARROW = "stock transformers was not shown to load such a checkpoint of it"
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan(StepPlan):
     """`keep`: units that stay, layer by layer, by group name. `removed`: share of the decoder layers' attention + FFN
-    matrix parameters that goes. The families of `before` and `after` may differ (Family.rewrites)."""
+    matrix parameters that goes. The families of `before` and `after` may differ (Family.rewrites). `measured`: where
+    the ranking comes from, when a sensitivity folder is named; `predicted_loss`: what its curves say, nats a token."""
 
     keep: Keeps
     removed: float
+    measured: Curves | None = None
+    predicted_loss: float | None = None
+
+    @property
+    def criterion(self) -> str:
+        """By what the units are ranked: the option's, or that of the sensitivity folder."""
+        return cast(PruneOptions, self.options).criterion if self.measured is None else self.measured.criterion
 
 
 def plan(before: Header, options: PruneOptions, context: PlanContext, complain: Complain) -> PrunePlan | None:
@@ -42,6 +54,11 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
+    curves = None
+    if options.from_sensitivity is not None:
+        curves = measured(before, layers, options, complain)
+        if curves is None:
+            return None
     by_hand = fixed_by_hand(options, layers, complain)
     if by_hand is None:
         return None
@@ -62,6 +79,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     share = decoder.removed(keep) / decoder.matrix_parameters
     sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
+    loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
         kind="prune",
         options=options,
@@ -78,10 +96,22 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *_refit_note(options, decoder, keep, context, complain),
+            *([] if curves is None or loss is None else _measured_notes(curves, loss)),
         ),
+        made_with={} if curves is None else {KEY: curves.digest},
         keep=keep,
         removed=share,
+        measured=curves,
+        predicted_loss=loss,
     )
+
+
+def _measured_notes(curves: Curves, loss: float) -> list[str]:
+    times = math.exp(min(loss, 700))
+    return [
+        f"units are ranked by {curves.criterion}, as {curves.folder} has them",
+        f"predicted rise of the loss: {loss:.4f} nats a token (perplexity {times:.4g} times the dense one)",
+    ]
 
 
 def cut_shape(shape: tuple[int, ...], name: str, group: Group, keep: int) -> tuple[int, ...]:
@@ -200,7 +230,7 @@ def _refit_note(
         layer.sizes.ffn for layer, each in zip(decoder.layers, keep, strict=True) if each["ffn"] < own(layer, "ffn")
     ]
     widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
-    if not options.refit and "gram" not in CRITERIA[options.criterion].needs:
+    if not options.refit and (options.from_sensitivity is not None or "gram" not in CRITERIA[options.criterion].needs):
         return []
     if (
         options.held_out is not None

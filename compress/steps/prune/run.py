@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from compress.arch import family_of
+from compress.arch import Group, family_of
 from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.reader import Reader
@@ -25,6 +25,7 @@ from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import scores
+from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
@@ -65,6 +66,7 @@ def run(job: Job) -> Outcome:
         "keep": {name: one_or_each([keep[name] for keep in plan.keep]) for name in plan.keep[0]},
         "removed": plan.removed,
         **_loading(plan),
+        **(receipt_of(plan.measured, plan.predicted_loss or 0.0) if plan.measured is not None else {}),
         "precision": pruner.why,
         "calibration": {**tokens.record, "tokens": int(ids.numel())},
         "importance_sha256": hashlib.sha256(tensors).hexdigest(),
@@ -89,7 +91,7 @@ class _Pruner:
     ) -> None:
         self.job, self.plan, self.options = job, plan, options
         self.reader, self.streamed, self.writer = reader, streamed, writer
-        self.criterion = CRITERIA[options.criterion]
+        self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
         self.before = Stream(streamed, family, dtype=dtype)
@@ -111,7 +113,8 @@ class _Pruner:
         ]
         self.names = tuple(layers[0].shapes)
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
-        self.wanted = self.criterion.needs | refits if any(self.groups) else frozenset()
+        ranks = self.criterion.needs if plan.measured is None else frozenset()
+        self.wanted = ranks | refits if any(self.groups) else frozenset()
         self.chosen: list[dict[str, Chosen]] = []
 
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
@@ -173,7 +176,7 @@ class _Pruner:
             statistics = found.pop(group.name, {})
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
-            ranking = ranking_of(self.criterion, seen, self.options.damping)
+            ranking = self._ranking(index, group, seen)
             keep = select(ranking, group, self.plan.keep[index][group.name])
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
@@ -191,6 +194,14 @@ class _Pruner:
             picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping))
         self.chosen.append(picked)
         return {name: arranged(name, value, self.orders[index]) for name, value in tensors.items()}
+
+    def _ranking(self, index: int, group: Group, seen: GroupView) -> Ranking:
+        """By the criterion, or as a sensitivity folder has it."""
+        curves = self.plan.measured
+        if curves is None:
+            return ranking_of(self.criterion, seen, self.options.damping)
+        order, cost = curves.order[index, group.name], curves.cost[index, group.name]
+        return Ranking(*(torch.from_numpy(array).to(seen.reader.device) for array in (order, cost)))
 
     def _damping(self, seen: GroupView, kept: torch.Tensor, held: HeldOut | None) -> tuple[float, float | None]:
         """The damping of one refit, and its error on the held-out windows where there are any."""
