@@ -25,6 +25,10 @@ def measured(before: Header, layers: Sequence[Layer], options: PruneOptions, com
     """The folder that `from_sensitivity` names; None after a complaint: the folder cannot be read, is of another model,
     lacks a group, or was ranked by another criterion than the step asks for."""
     assert options.from_sensitivity is not None
+    for key in ("keep_layers", "keep_kv_heads"):
+        if getattr(options, key) is not None:
+            complain(KEY, f"not with '{key}': the folder ranks units of whole layers, and predicts no such cut")
+            return None
     if not before.locations:
         complain(KEY, "an earlier step changes the model that was measured; prune first")
         return None
