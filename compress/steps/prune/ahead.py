@@ -29,7 +29,7 @@ def ahead(
 ) -> Ahead:
     """What `options.criterion` takes first. `layer`: parameters of the largest layer."""
     needs = CRITERIA[options.criterion].needs
-    if not needs & GRADIENTS:
+    if not needs & GRADIENTS or options.from_sensitivity is not None:
         return Ahead()
     if (beside := family.head_beside(before.text_config)) is not None:
         complain("criterion", f"{options.criterion} needs the gradient of the loss, which knows none of this: {beside}")
