@@ -114,8 +114,8 @@ def torch_pruning_taylor(task: Task) -> Any:
 
 
 PEERS: dict[str, Callable[[Task], Any]] = {
-    "flap": flap,
-    "taylor": taylor,
+    "flap-bias": flap,
+    "llm-pruner": taylor,
     "torch-pruning-magnitude": torch_pruning_magnitude,
     "torch-pruning-taylor": torch_pruning_taylor,
 }

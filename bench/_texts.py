@@ -50,7 +50,6 @@ def quality_options(description: str | None) -> argparse.ArgumentParser:
     parser = judged_options(description)
     parser.add_argument("--limit", type=int, default=10**6, metavar="N", help="stop after N new rows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
-    parser.add_argument("--seed", type=int, default=0)
     return parser
 
 

@@ -157,6 +157,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = quality_options(__doc__)
     parser.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), help="calibration windows")
+    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 

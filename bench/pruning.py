@@ -1,31 +1,34 @@
-"""One-shot pruning without training, on WikiText-2 and on fiction: our criteria and the peers at the same shapes.
+"""One-shot pruning without training, judged on WikiText-2 and on fiction: our criteria, and peers at the same shapes.
 
-    .venv/bin/python bench/pruning.py [--methods wanda obs flap] [--limit 1]
+    .venv/bin/python bench/pruning.py [--methods wanda obs flap] [--calibrations wikitext self+wikitext] [--limit 1]
 
-Calibrated on wikitext2-valid.txt (64 x 512 tokens), judged by bench/judge.py on 64 windows of wikitext2-test.txt and of
-a second text that nothing is calibrated on. Four shapes: 20 % and 35 % of the decoder's matrix parameters, from the FFN
-alone or with one query head of every KV group. Rows on file are skipped, so it can be stopped and resumed.
+At most 128 x 512 calibration tokens; judged by bench/judge.py on 64 windows of wikitext2-test.txt and of a text of
+another kind that nothing is calibrated on. A row is a method, a calibration, a share of the decoder's matrix parameters
+that goes, from the FFN alone or with one query head of every KV group, and a seed of the calibration. Rows on file are
+skipped, so it can be stopped and resumed.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from _peers import FFN_ONLY, PEERS, Task
 from _results import WORK, Results, say
-from _texts import quality_options, second_text, wikitext
+from _texts import WikiText, quality_options, second_text, wikitext
 from judge import evenly_spaced, judge, load
 
 import compress
 from compress.checkpoint.source import locate
+from compress.criteria import CRITERIA
 from compress.data import DataSpec, windows
 from compress.machine import Machine
 from compress.plan import make_plan
@@ -33,16 +36,28 @@ from compress.recipe import Recipe
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
 
-# name: (criterion, refit)
-OURS = {
-    "wanda": ("wanda", True),
-    "obs": ("obs", True),
-    "magnitude": ("magnitude", True),
-    "wanda-sp": ("wanda", False),  # Wanda-sp is our wanda without the refit
-    "magnitude-no-refit": ("magnitude", False),
+# every criterion with the refit, under its own name; without it, under the name of the method that it is then
+OURS: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in CRITERIA} | {
+    "wanda-sp": {"criterion": "wanda", "refit": False},
+    "minitron": {"criterion": "activation", "refit": False},
+    "magnitude-no-refit": {"criterion": "magnitude", "refit": False},
+    "wanda-held-out": {"criterion": "wanda", "held_out": 0.125},
 }
-RATIOS = (0.20, 0.35)
-HEADS = (None, 0.3334)
+CALIBRATIONS = ("wikitext", "self+wikitext", "self", "builtin")
+RATIOS = (0.20, 0.35, 0.50)
+SHAPES = {"ffn": None, "heads": 0.3334}
+BUILTIN_WINDOWS = 72  # all that the builtin text has
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is pruned how. `shape`: what goes, the FFN alone or heads with it."""
+
+    method: str
+    calibration: str
+    shape: str
+    ratio: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -53,105 +68,83 @@ class Setting:
     samples: int
     length: int
     windows: int
-    seed: int
-    threads: int
 
-    def key(self, method: str, ratio: float | None, heads: float | None) -> dict[str, Any]:
-        shared = {"model": self.model, "samples": self.samples, "length": self.length}
-        return {"method": method, "ratio": ratio, "heads": heads, **shared, "windows": self.windows, "seed": self.seed}
+    def key(self, case: Case | None) -> dict[str, Any]:
+        return {"dense": True, **asdict(self)} if case is None else asdict(case) | asdict(self)
 
 
 class Bench:
     """The dense model, the two texts, and how a row is measured."""
 
-    def __init__(self, setting: Setting, calibration: Path, test: Path) -> None:
-        self.setting, self.calibration = setting, calibration
+    def __init__(self, setting: Setting, text: WikiText, threads: int) -> None:
+        self.setting, self.text = setting, text
         self.folder = locate(setting.model).folder
-        self.machine = Machine.detect(setting.threads)
-        self.dense = load(self.folder)
-        self.rows = evenly_spaced(self.folder, test.read_text(encoding="utf-8"), setting.windows)
-        self.second_name, text = second_text()
-        self.second_rows = evenly_spaced(self.folder, text, setting.windows)
-        self.second_dense = judge(self.dense, self.second_rows)["ppl"]
+        self.machine = Machine.detect(threads)
+        second, far = second_text()
+        read = {"wikitext": text.test.read_text(encoding="utf-8"), second: far}
+        self.rows = {name: evenly_spaced(self.folder, told, setting.windows) for name, told in read.items()}
+        dense = load(self.folder)
+        self.dense = {name: judge(dense, rows) for name, rows in self.rows.items()}
 
     def reference(self) -> dict[str, Any]:
         """The dense row."""
-        found = judge(self.dense, self.rows)
-        return {"perplexity": found["ppl"], "parameters": found["params"], **self._second(self.second_dense)}
+        return {"perplexity": {name: found["ppl"] for name, found in self.dense.items()}}
 
-    def row(self, method: str, ratio: float, heads: float | None) -> dict[str, Any]:
-        """Prune by `method` and judge the result."""
-        plan, task_plan = self._plan(ratio, heads)
+    def row(self, case: Case) -> dict[str, Any]:
+        """Prune and judge the result: times dense on each text, the first WikiText-2, with the standard error of each,
+        relative: windows are pairs of dense and pruned."""
         started = time.time()
-        if method in OURS:
-            out = WORK / f"pruning-{method}"
-            criterion, refit = OURS[method]
-            self._prune(out, criterion, refit, ratio, heads)
+        if case.method in OURS:
+            out = WORK / f"pruning-{case.method}"
+            compress.prune(self.setting.model, out, **self._keywords(case))
             seconds, model = time.time() - started, load(out)
             shutil.rmtree(out)
         else:
-            model = PEERS[method](task_plan)
+            model = PEERS[case.method](self._task(case))
             seconds = time.time() - started
-        found = judge(model, self.rows, self.dense)
-        second = judge(model, self.second_rows)["ppl"]
-        return {
-            "perplexity": found["ppl"],
-            "ratio": found["ratio"],
-            "kl": found["kl"],
-            "top1": found["top1"],
-            "parameters": found["params"],
-            "removed": plan.removed,
-            "keep": dict(plan.keep[0]),
-            **self._second(second),
-            "second_ratio": second / self.second_dense,
-            "seconds": round(seconds, 1),
-            "threads": self.setting.threads,
-        }
+        found: dict[str, Any] = {"ratio": {}, "error": {}}
+        for name, rows in self.rows.items():
+            after = torch.tensor(judge(model, rows)["window_nll"])
+            rise = after - torch.tensor(self.dense[name]["window_nll"])
+            found["ratio"][name] = math.exp(float(rise.mean()))
+            found["error"][name] = float(rise.std() / len(rise) ** 0.5)
+        parameters = sum(value.numel() for value in model.parameters())
+        return found | {"parameters": parameters, "seconds": round(seconds, 1), "threads": self.machine.threads}
 
-    def _second(self, perplexity: float) -> dict[str, Any]:
-        return {"second_text": self.second_name, "second_perplexity": perplexity}
+    def _data(self, case: Case) -> DataSpec:
+        valid = str(self.text.valid)
+        sources: dict[str, str | dict[str, float]] = {"wikitext": valid, "self+wikitext": {"self": 0.5, valid: 0.5}}
+        samples = min(self.setting.samples, BUILTIN_WINDOWS) if case.calibration == "builtin" else self.setting.samples
+        source = sources.get(case.calibration, case.calibration)
+        return DataSpec(source=source, samples=samples, length=self.setting.length)
 
-    def _plan(self, ratio: float, heads: float | None) -> tuple[PrunePlan, Task]:
-        recipe = Recipe.single("prune", self.setting.model, PruneOptions(ratio=ratio, heads=heads), data=self._data())
+    def _keywords(self, case: Case) -> dict[str, Any]:
+        shape = {"ratio": case.ratio, "heads": SHAPES[case.shape]}
+        running = {"data": self._data(case), "seed": case.seed, "machine": self.machine, "overwrite": True}
+        return OURS[case.method] | shape | running
+
+    def _task(self, case: Case) -> Task:
+        options = PruneOptions(ratio=case.ratio, heads=SHAPES[case.shape])
+        recipe = Recipe.single("prune", self.setting.model, options, data=self._data(case))
         made = make_plan(recipe, self.machine, check_machine=False)
         (step,) = made.steps
         assert isinstance(step, PrunePlan)
-        tokens = windows(self._data(), "calibration", self.folder, self.setting.seed)
-        return step, Task(self.folder, step, made.family, torch.from_numpy(tokens.ids))
-
-    def _data(self) -> DataSpec:
-        return DataSpec(source=str(self.calibration), samples=self.setting.samples, length=self.setting.length)
-
-    def _prune(self, out: Path, criterion: str, refit: bool, ratio: float, heads: float | None) -> None:
-        compress.prune(
-            self.setting.model,
-            out,
-            ratio=ratio,
-            heads=heads,
-            criterion=criterion,
-            refit=refit,
-            data=self._data(),
-            seed=self.setting.seed,
-            machine=self.machine,
-            overwrite=True,
-        )
+        tokens = windows(self._data(case), "calibration", self.folder, case.seed)
+        return Task(self.folder, step, made.family, torch.from_numpy(tokens.ids))
 
 
-def wanted(methods: list[str]) -> Iterator[tuple[str, float, float | None]]:
-    """All rows, those that have a number to meet first."""
-    for method in methods:
-        for heads in HEADS:
-            for ratio in RATIOS:
-                if heads is None or method not in FFN_ONLY:
-                    yield method, ratio, heads
+def wanted(given: argparse.Namespace) -> Iterator[Case]:
+    """All rows that were asked for, the first seed's first."""
+    order = itertools.product(given.seeds, given.calibrations, given.methods, given.shapes, given.ratios)
+    for seed, calibration, method, shape, ratio in order:
+        if shape == "ffn" or method not in FFN_ONLY:
+            yield Case(method, calibration, shape, ratio, seed)
 
 
-def show(key: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    shape = f"{key['ratio']:.2f}" + (" with heads" if key["heads"] else "")
-    say(
-        f"{key['method']:24} {shape:16} WikiText {found['ratio']:9.3f} x  KL {found['kl']:.3f}  "
-        f"top-1 {found['top1']:.3f}  {found['second_text']} {found['second_ratio']:9.3f} x  {found['seconds']:.0f} s"
-    )
+def show(case: Case, found: Mapping[str, Any]) -> None:
+    texts = "  ".join(f"{name} {ratio:8.3f} x" for name, ratio in found["ratio"].items())
+    what = f"{case.method:20} {case.calibration:14} {case.shape:6} {case.ratio:.2f} seed {case.seed}"
+    say(f"{what}  {texts}  {found['seconds']:.0f} s")
 
 
 def main() -> None:
@@ -160,31 +153,34 @@ def main() -> None:
     if text is None:
         return
     torch.set_num_threads(given.threads)
-    setting = Setting(given.model, given.samples, given.length, given.windows, given.seed, given.threads)
+    setting = Setting(given.model, given.samples, given.length, given.windows)
     results = Results("pruning", given.results)
     bench: Bench | None = None
-    reference = setting.key("dense", None, None)
     measured = 0
-    for method, ratio, heads in wanted(given.methods):
-        key = setting.key(method, ratio, heads)
+    for case in wanted(given):
+        key = setting.key(case)
         found = None if given.again else results.find(key)
         if found is None and measured < given.limit:
-            bench = bench or Bench(setting, text.valid, text.test)
-            if results.find(reference) is None:
-                results.add(reference, bench.reference())
-            found = bench.row(method, ratio, heads)
+            bench = bench or Bench(setting, text, given.threads)
+            if results.find(setting.key(None)) is None:
+                results.add(setting.key(None), bench.reference())
+            found = bench.row(case)
             results.add(key, found)
             measured += 1
             gc.collect()
         if found is not None:
-            show(key, found)
+            show(case, found)
 
 
 def _arguments() -> argparse.Namespace:
     parser = quality_options(__doc__)
     names = [*OURS, *PEERS]
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="M", help=", ".join(names))
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=["wikitext"], metavar="C")
+    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=RATIOS[:2], metavar="R")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="S")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="S", help="of the calibration")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import distill, evaluate, inspect, load_receipt, plan, prune, quantize, run
+    from compress.api import distill, evaluate, inspect, load_receipt, measure_sensitivity, plan, prune, quantize, run
     from compress.machine import Machine
     from compress.plan import Plan
     from compress.recipe import Recipe
@@ -30,6 +30,7 @@ _PUBLIC = {
     "quantize": "compress.api",
     "evaluate": "compress.api",
     "load_receipt": "compress.api",
+    "measure_sensitivity": "compress.api",
     "load_sensitivity": "compress.sensitivity",
     "Evaluation": "compress.signatures",
     "Inspection": "compress.signatures",
@@ -55,6 +56,7 @@ __all__ = [
     "inspect",
     "load_receipt",
     "load_sensitivity",
+    "measure_sensitivity",
     "plan",
     "prune",
     "quantize",

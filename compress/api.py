@@ -32,6 +32,7 @@ from compress.signatures import (
     QuantizeKeywords,
     Receipt,
     RunKeywords,
+    SensitivityKeywords,
     StepKeywords,
 )
 from compress.steps import STEPS
@@ -39,6 +40,7 @@ from compress.steps import STEPS
 if TYPE_CHECKING:
     from compress.plan import Plan
     from compress.run import Result
+    from compress.sensitivity import Sensitivity
 
 Data = DataSpec | Mapping[str, Any] | str | Path
 F = TypeVar("F", bound=Callable[..., Any])
@@ -174,6 +176,38 @@ def evaluate(
             check_source(one)
         found = measure(folder, spec, machine or Machine.detect(), reference=other, seed=seed, progress=progress)
     return cast(Evaluation, found)
+
+
+def measure_sensitivity(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: Data | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[SensitivityKeywords],
+) -> Sensitivity:
+    """Measure what every head, KV group and neuron of a model costs and what cuts will do to its loss, into the folder
+    `out`; returns what `load_sensitivity(out)` reads.
+
+    `data` is the calibration text, as in `prune`. Options: criterion, damping, gradient_samples (windows of the
+    backward pass), pictures. Raises UserError for wrong input, MachineError where memory or disk are too small.
+    """
+    from compress.steps.prune.measuring import SensitivityOptions
+
+    _check_names("measure_sensitivity", options, SensitivityOptions.model_fields)
+    try:
+        chosen = SensitivityOptions.model_validate(options)
+    except ValidationError as error:
+        raise in_one_line(error, SensitivityOptions, "measure_sensitivity") from None
+    with _left_as_it_was():
+        from compress.analysis import measure_sensitivity as measure
+
+        place, limits = Path(out).expanduser(), machine or Machine.detect()
+        spec = _data(data, "calibration")
+        return measure(str(model), place, spec, chosen, limits, seed=seed, overwrite=overwrite, progress=progress)
 
 
 def load_receipt(folder: str | Path) -> Receipt:

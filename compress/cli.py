@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from compress.commands import distill, evaluate, inspect, plan, prune, quantize, recipes, run
+from compress.commands import distill, evaluate, inspect, plan, prune, quantize, recipes, run, sensitivity
 from compress.errors import (
     BUG,
     INTERRUPTED,
@@ -46,6 +46,7 @@ GRACE = 2.0  # seconds after a signal in which another one is taken for the same
 _BROKEN_PIPE = 1  # as Python and Typer end when nobody reads on
 _SMALLER = {  # what helps a command that ran out of memory
     "prune": "fewer --samples or a smaller --length",
+    "sensitivity": "fewer --samples or a smaller --length",
     "evaluate": "fewer --samples or a smaller --length",
     "distill": "a smaller --batch or --length",
     "run": f"{PROGRAM} plan shows what every step needs",
@@ -97,6 +98,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (distill.distill, distill.EXAMPLE),
     (quantize.quantize, quantize.EXAMPLE),
     (evaluate.evaluate, evaluate.EXAMPLE),
+    (sensitivity.sensitivity, sensitivity.EXAMPLE),
 )
 for _function, _example in _COMMANDS:
     app.command(_function.__name__, epilog=f"Example:\n\n{_example}")(_function)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # numpy is a fifth of what --help takes
 FORMAT = 1
 DOCUMENT, TENSORS = "sensitivity.json", "sensitivity.safetensors"
 KINDS = ("cost", "order", "loss", "curve.removed", "curve.loss", "curve.error")
-COUNTS = ("units", "balance", "width")
 Key = tuple[int, str]  # (layer, group)
 
 
@@ -49,10 +48,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Units:
-    """Sizes of a group: its units in every layer, how many in a row lose equally many, columns of the reader a unit."""
+    """Sizes of a group, layer by layer: its units, and how many in a row lose equally many; `width`: columns of the
+    reader a unit owns."""
 
-    units: int
-    balance: int
+    units: tuple[int, ...]
+    balance: tuple[int, ...]
     width: int
 
 
@@ -63,6 +63,7 @@ class Curves:
     digest: of the folder's two files. model: of the files of the model (checkpoint.digests.model_digest).
     about: sensitivity.json. cost [units]: in the criterion's own measure; order [units]: the units from the first to
     go; unit_loss [units]: the predicted rise of the loss when that unit alone goes, nats a token.
+    Beside heads, cost and unit_loss hold (layer, "kv"), [KV heads]: what all query heads of each cost together.
     """
 
     folder: Path
@@ -129,18 +130,32 @@ def _groups(path: Path, about: Mapping[str, Any]) -> dict[str, Units]:
         and isinstance(model.get("digest"), str)
         and isinstance(groups, dict)
         and groups
-        and all(isinstance(g, dict) and all(_count(g.get(key)) for key in COUNTS) for g in groups.values())
         and isinstance(layers, list)
         and layers
+        and all(isinstance(g, dict) and _sized(g, len(layers)) for g in groups.values())
         and all(isinstance(layer, dict) and _names(layer.get("groups"), groups) for layer in layers)
     )
-    if not fine or not isinstance(groups, dict):
+    if not fine or not isinstance(groups, dict) or not isinstance(layers, list):
         raise UserError(f"{path}: not what sensitivity writes (model, criterion, groups, layers)")
-    return {name: Units(*(group[key] for key in COUNTS)) for name, group in groups.items()}
+    found: dict[str, Units] = {}
+    for name, group in groups.items():
+        units, balance = (each(group[key], len(layers)) for key in ("units", "balance"))
+        assert units is not None and balance is not None
+        found[name] = Units(units, balance, group["width"])
+    return found
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and value > 0
+def each(value: Any, layers: int) -> tuple[int, ...] | None:
+    """A count of every layer, from one number or one a layer (checkpoint.per_layer.one_or_each); None if it is
+    neither."""
+    counts = value if isinstance(value, list) else [value] * layers
+    return tuple(counts) if len(counts) == layers and all(type(one) is int and one > 0 for one in counts) else None
+
+
+def _sized(group: Mapping[str, Any], layers: int) -> bool:
+    units, balance = each(group.get("units"), layers), each(group.get("balance"), layers)
+    fine = units and balance and all(not one % block for one, block in zip(units, balance, strict=True))
+    return bool(fine) and type(group.get("width")) is int and group["width"] > 0
 
 
 def _names(entry: Any, groups: Mapping[str, Any]) -> bool:
@@ -168,29 +183,44 @@ def _arrays(path: Path, data: bytes, groups: Mapping[str, Units], layers: int) -
                     raise UserError(f"{path}: tensor 'layers.{layer}.{name}.{kind}' is missing")
                 whole = kind in ("order", "curve.removed")
                 found[kind][layer, name] = tensor.astype(np.int64 if whole else np.float64)
-            wrong = _wrong({kind: found[kind][layer, name] for kind in KINDS}, units)
+            size = units.units[layer]
+            wrong = _wrong({kind: found[kind][layer, name] for kind in KINDS}, size)
+            if name == "heads" and not wrong:
+                wrong = _add_kv(found, tensors, layer, size // units.balance[layer])
             if wrong:
                 raise UserError(f"{path}: layers.{layer}.{name}: {wrong}")
     return found
 
 
-def _wrong(one: Mapping[str, Any], size: Units) -> str | None:
+def _add_kv(found: Mapping[str, dict[Key, Any]], tensors: Mapping[str, Any], layer: int, count: int) -> str | None:
+    """What the heads of each KV head cost together; what is wrong with it, or None."""
+    import numpy as np
+
+    for kind in ("cost", "loss"):
+        tensor = tensors.get(f"layers.{layer}.kv.{kind}")
+        if tensor is None or tensor.shape != (count,) or not np.isfinite(tensor).all():
+            return f"kv.{kind} is not a number for each of {count} KV heads"
+        found[kind][layer, "kv"] = tensor.astype(np.float64)
+    return None
+
+
+def _wrong(one: Mapping[str, Any], units: int) -> str | None:
     """What contradicts sensitivity.json, or makes no sense; None when all is well."""
     import numpy as np
 
     removed = one["curve.removed"]
     for kind in ("cost", "order", "loss"):
-        if one[kind].shape != (size.units,):
-            return f"{list(one[kind].shape)} values of {kind}, {DOCUMENT} says {size.units} units"
+        if one[kind].shape != (units,):
+            return f"{list(one[kind].shape)} values of {kind}, {DOCUMENT} says {units} units"
     for kind in ("cost", "loss", "curve.loss", "curve.error"):
         if not np.isfinite(one[kind]).all() or (kind != "cost" and (one[kind] < 0).any()):
             return f"a value of {kind} is NaN, infinite or negative"
-    if not np.array_equal(np.sort(one["order"]), np.arange(size.units)):
-        return f"order is not a permutation of {size.units} units"
+    if not np.array_equal(np.sort(one["order"]), np.arange(units)):
+        return f"order is not a permutation of {units} units"
     if removed.ndim != 1 or len(removed) < 2 or removed[0] != 0 or (np.diff(removed) <= 0).any():
         return "curve.removed does not ascend from 0"
-    if removed[-1] >= size.units or any(one[f"curve.{kind}"].shape != removed.shape for kind in ("loss", "error")):
-        return f"a curve of other lengths, or beyond {size.units} units"
+    if removed[-1] >= units or any(one[f"curve.{kind}"].shape != removed.shape for kind in ("loss", "error")):
+        return f"a curve of other lengths, or beyond {units} units"
     if one["curve.loss"][0] != 0:
         return "a loss where nothing is removed"
     return None

@@ -25,15 +25,18 @@ def rejected(out: Path) -> Path:
     return out.with_name(out.name + ".rejected")
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse an OUT that exists (unless it is a result of ours and may be replaced), and a foreign OUT.rejected."""
+def check_out(out: Path, overwrite: bool, mark: str = "receipt.json") -> None:
+    """Refuse an OUT that exists (unless it is a result of ours and may be replaced), and a foreign OUT.rejected.
+
+    `mark`: the file that shows a result of ours.
+    """
     if not out.name:
         raise UserError(f"{out}: not a folder that can be written")
     if out.is_symlink():
         raise UserError(f"{out}: a link; name the folder it leads to")
     for folder in (out, rejected(out)):
-        if os.path.lexists(folder) and not (folder / "receipt.json").is_file():
-            what = "no receipt.json" if folder.is_dir() else "no folder"
+        if os.path.lexists(folder) and not (folder / mark).is_file():
+            what = f"no {mark}" if folder.is_dir() else "no folder"
             raise UserError(
                 f"{folder}: exists already and is not a result of ours ({what}); it is not replaced",
                 hint="move it away, or give another output folder",

@@ -109,6 +109,15 @@ class Receipt(TypedDict):
     files: dict[str, str]
 
 
+class SensitivityKeywords(TypedDict, total=False):
+    """Of `measure_sensitivity`, as the command's options."""
+
+    criterion: str
+    damping: float
+    gradient_samples: int
+    pictures: bool
+
+
 class RunKeywords(TypedDict, total=False):
     """Of `run`, and of every function that carries out one step."""
 

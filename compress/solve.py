@@ -6,6 +6,7 @@ are solved in float64; from 4096 columns on in float32, where a factorisation th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from compress.errors import UserError
 from compress.limits import DAMPINGS, DOUBLE_UP_TO
 
 REFRESH = 1024  # removals after which the downdated inverse is recomputed (rounding accumulates)
+ALONE = 512  # columns whose rows of an inverse are made at once
 
 
 def damping_vector(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -194,3 +196,76 @@ def _inverse(
     system.diagonal().add_(ridge[columns].to(dtype))
     inverse: torch.Tensor = torch.cholesky_inverse(factor(system, what))
     return inverse
+
+
+class Elimination:
+    """What the best update leaves of an error when columns go in a given order: all leading cuts from one Cholesky.
+
+    With A = H + L and the columns ordered so that the first to go stands last, A = R R^T (R lower triangular) holds the
+    factor of every leading cut: columns S gone, the update of the others that minimises D A D^T under D_S = W_S is
+    D = [0, G_S] R^-1 with G = W R, and D A D^T = G_S G_S^T (the trailing block of R is the factor of the Schur
+    complement that OBS and SparseGPT update by, Hassibi & Stork 1993; Frantar & Alistarh 2023). The refit of `refit` is
+    W - D, so D H D^T = D A D^T - D L D^T is its error. weight W [d, n], hessian H [n, n], ridge [n]: the diagonal of L,
+    going [n]: columns from the first to go to the last. energy [d] float64: (W H W^T)_ii, the mean square of every
+    output, which is its error when all columns go.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        hessian: torch.Tensor,
+        ridge: torch.Tensor,
+        going: torch.Tensor,
+        what: str = "module",
+    ) -> None:
+        dtype = working_dtype(len(hessian))
+        order = going.flip(0)
+        system = hessian[order][:, order].to(dtype)
+        self._ridge = ridge[order].to(dtype)
+        self.energy = (weight.float() @ hessian).mul_(weight).sum(1, dtype=torch.float64)
+        system.diagonal().add_(self._ridge)
+        lower = factor(system, what)
+        del system
+        self._weight = weight[:, order].to(dtype)
+        self._spread = self._weight @ lower  # G
+        identity = torch.eye(len(order), dtype=dtype, device=weight.device)
+        self._inverse = torch.linalg.solve_triangular(lower, identity, upper=False)  # R^-1
+        self._place = torch.empty_like(order)
+        self._place[order] = torch.arange(len(order), device=order.device)
+
+    def leading(self, counts: Sequence[int]) -> torch.Tensor:
+        """(D H D^T)_ii [len(counts), d] float64: every output's error after the first `count` columns went and the
+        others were refitted; counts ascending."""
+        outputs, columns = self._weight.shape
+        change = torch.zeros_like(self._weight)
+        damped = torch.zeros(outputs, dtype=torch.float64, device=change.device)
+        found, before = [], 0
+        for count in counts:
+            gone = slice(columns - count, columns - before)
+            reach = columns - before  # R^-1 is lower triangular: right of the block its rows are 0
+            change[:, :reach].addmm_(self._spread[:, gone], self._inverse[gone, :reach])
+            damped += self._spread[:, gone].square().sum(1, dtype=torch.float64)
+            ridged = (change.square() * self._ridge).sum(1, dtype=torch.float64)
+            found.append((damped - ridged).clamp_min(0))
+            before = count
+        return torch.stack(found)
+
+    def alone(self, owned: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        """sum_i importance_i (D H D^T)_ii [units] float64 when one unit alone goes and all others are refitted.
+
+        owned [units, width]: the columns of each unit. importance [d] >= 0. With M = A^-1 and B the unit's columns:
+        Q = M[B,B]^-1, D = W_B Q M[B,:].
+        """
+        weighted = self._weight * importance.to(self._weight.dtype).sqrt()[:, None]
+        width = owned.shape[1]
+        found = []
+        for part in self._place[owned].split(max(1, ALONE // width)):
+            columns = part.flatten()
+            rows = (self._inverse[:, columns].T @ self._inverse).view(len(part), width, -1)  # M[B,:]
+            own = rows.gather(2, part[:, None, :].expand(-1, width, -1))  # M[B,B]
+            ridged = torch.einsum("uik,k,ujk->uij", rows, self._ridge, rows)
+            inverse = torch.linalg.inv(own)
+            kernel = inverse - inverse @ ridged @ inverse
+            mine = weighted[:, columns].view(-1, len(part), width).movedim(1, 0)  # [units, d, width]
+            found.append(torch.einsum("uij,udi,udj->u", kernel, mine, mine).double())
+        return torch.cat(found).clamp_min(0)

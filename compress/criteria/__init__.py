@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
+from compress.errors import UserError
 from compress.stream import Statistic
 
 if TYPE_CHECKING:
@@ -84,6 +85,19 @@ CRITERIA: dict[str, Criterion] = {
         ),
     )
 }
+
+
+def ranking_of(criterion: Criterion, view: GroupView, damping: float) -> Ranking:
+    """The criterion's ranking; UserError when a cost is no number, because then their order means nothing."""
+    import torch
+
+    ranking = criterion.load()(view, damping)
+    if not bool(torch.isfinite(ranking.cost).all()):
+        raise UserError(
+            f"{view.name}: costs by {criterion.name} are NaN or infinite: "
+            f"{'activations' if criterion.needs else 'weights'} overflow"
+        )
+    return ranking
 
 
 def ranking_by_score(score: Any) -> Ranking:

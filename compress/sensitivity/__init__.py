@@ -1,4 +1,4 @@
-"""What pruning found out about every unit, read back from the folder `sensitivity/` of a result, for notebooks.
+"""What is known of every unit, for notebooks: a sensitivity folder, or the scores that pruning left in a result.
 
 Arrays and checks need numpy only; frames need pandas and figures matplotlib, both of the extra `notebook`, imported
 where they are used. Torch-free.
@@ -6,29 +6,28 @@ where they are used. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from compress.checkpoint.headers import read_json
+from compress.checkpoint.per_layer import span
+from compress.curves import DOCUMENT, Curves, each, read_curves
 from compress.errors import UserError, did_you_mean
+from compress.sensitivity.outcome import Outcome, outcome
+from compress.sensitivity.read import Floats, Ints, Key, read_scores
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Key = tuple[int, str]  # (layer, group)
-
-KINDS = ("cost", "order", "keep")
-COUNTS = ("units", "keep", "balance")
+Counts = tuple[int, ...]  # one a layer
 
 
 def optional(module: str) -> ModuleType:
@@ -45,11 +44,12 @@ def optional(module: str) -> ModuleType:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Sensitivity:
-    """The scores of one prune step. Layers and units count from 0, as they were in the model that this step cut.
+    """What one analysis or one prune step found. Layers and units count from 0, as they were in the model measured.
 
-    `about` is its importance.json. `cost`, `order`, `keep` map (layer, group) to arrays: the cost of each unit
-    [units], in the criterion's own measure; the units in the order of the ranking [units]; the units that stayed
-    [kept], ascending. Groups that were not cut are not scored.
+    `about` is sensitivity.json, or a prune step's importance.json. `cost`, `order`, `keep` map (layer, group) to
+    arrays: the cost of each unit [units], in the criterion's own measure; the units in the order of the ranking
+    [units]; the units that stayed [kept], ascending: empty for an analysis. Groups that a prune step did not cut are
+    not scored. `measured`: the predicted losses of an analysis; None for a prune step.
     """
 
     step: str
@@ -57,9 +57,13 @@ class Sensitivity:
     cost: Mapping[Key, Floats]
     order: Mapping[Key, Ints]
     keep: Mapping[Key, Ints]
+    measured: Curves | None = None
 
     def __repr__(self) -> str:
-        sizes = [f"{name} {units} -> {kept}" for name, (units, kept, _) in self._sizes().items()]
+        sizes = []
+        for name in self.groups:
+            kept = [len(self.keep[layer, name]) for layer in range(self.layer_count)] if not self.measured else None
+            sizes.append(f"{name} {span(self._size(name)[0])}" + (f" -> {span(kept)}" if kept else ""))
         parts = [self.criterion, f"{self.layer_count} layers", *sizes]
         return f"Sensitivity({self.step}: {', '.join(parts)})"
 
@@ -70,7 +74,7 @@ class Sensitivity:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups that were scored and cut: `heads`, `ffn` or both."""
+        """The groups that were scored (and, by a prune step, cut): `heads`, `ffn` or both."""
         return tuple(self._sizes())
 
     @property
@@ -79,41 +83,88 @@ class Sensitivity:
         return len(self.about["layers"])
 
     def units(self, group: str) -> pd.DataFrame:
-        """One row a unit: layer, unit, cost, rank, kept.
+        """One row a unit: layer, unit, cost, rank, and `kept` of a prune step, `loss` of an analysis.
 
         `rank` is the place in the order in which units go, 0 first: every KV group loses equally many heads, so the
-        cheapest head of each goes before the second cheapest of any. Raises UserError for a group without scores.
+        cheapest head of each goes before the second cheapest of any. `loss`: the predicted rise of the loss when that
+        unit alone goes and the others are refitted, nats a token. Raises UserError for a group without scores.
         """
-        _, _, balance = self._size(group)
+        _, balance = self._size(group)
         columns: list[list[npt.NDArray[Any]]] = []
         for layer in range(self.layer_count):
             cost = self.cost[layer, group]
             unit = np.arange(len(cost))
             rank = np.empty_like(unit)
-            rank[removal_order(self.order[layer, group], balance)] = unit
-            columns.append([np.full_like(unit, layer), unit, cost, rank, np.isin(unit, self.keep[layer, group])])
-        return _frame(("layer", "unit", "cost", "rank", "kept"), columns)
+            rank[removal_order(self.order[layer, group], balance[layer])] = unit
+            more = self.measured.unit_loss if self.measured else None
+            last = np.isin(unit, self.keep[layer, group]) if more is None else more[layer, group]
+            columns.append([np.full_like(unit, layer), unit, cost, rank, last])
+        return _frame(("layer", "unit", "cost", "rank", "loss" if self.measured else "kept"), columns)
 
     def layers(self) -> pd.DataFrame:
-        """One row a layer and group: layer, group, units, kept, removed, removed_cost, error, error_without_refit.
+        """One row a layer and group.
 
-        `removed`: share of the units that went; `removed_cost`: their share of the layer's summed cost. Errors are
-        relative output errors ||Y' - Y||^2 / ||Y||^2 of the matrix that reads the units, on the calibration inputs:
-        as written, and before the refit; NaN where neither criterion nor refit took a Gram matrix.
+        Of a prune step: layer, group, units, kept, removed, removed_cost, error, error_without_refit. `removed`: share
+        of the units that went; `removed_cost`: their share of the layer's summed cost. Errors are relative output
+        errors ||Y' - Y||^2 / ||Y||^2 of the matrix that reads the units, on the calibration inputs: as written, and
+        before the refit; NaN where neither criterion nor refit took a Gram matrix.
+
+        Of an analysis: layer, group, units, influence, angular_distance, energy, loss_without. Of the whole layer:
+        influence 1 - cos(input, output), angular distance arccos / pi, both means over the tokens. Of the group:
+        mean square of its output, relative to the layer's input; predicted rise of the loss without it, nats a token.
         """
-        rows = []
-        for layer, entry in enumerate(self.about["layers"]):
-            for group in self.groups:
-                cost, keep = self.cost[layer, group], self.keep[layer, group]
-                total = float(cost.sum())
-                errors = {key: _number(entry["groups"][group].get(key)) for key in ("error", "error_without_refit")}
-                shares = {
-                    "removed": 1 - len(keep) / len(cost),
-                    "removed_cost": 1 - float(cost[keep].sum()) / total if total > 0 else float("nan"),
-                }
-                rows.append({"layer": layer, "group": group, "units": len(cost), "kept": len(keep), **shares, **errors})
-        names = ("layer", "group", "units", "kept", "removed", "removed_cost", "error", "error_without_refit")
-        return optional("pandas").DataFrame(rows, columns=names)
+        names: tuple[str, ...] = ("influence", "angular_distance", "energy", "loss_without")
+        if not self.measured:
+            names = ("kept", "removed", "removed_cost", "error", "error_without_refit")
+        rows = [self._row(layer, group) for layer in range(self.layer_count) for group in self.groups]
+        return optional("pandas").DataFrame(rows, columns=("layer", "group", "units", *names))
+
+    def _row(self, layer: int, group: str) -> dict[str, Any]:
+        entry, cost = self.about["layers"][layer], self.cost[layer, group]
+        row: dict[str, Any] = {"layer": layer, "group": group, "units": len(cost)}
+        inner = entry["groups"][group]
+        if self.measured:
+            row |= {key: _number(entry.get(key)) for key in ("influence", "angular_distance")}
+            return row | {key: _number(inner.get(key)) for key in ("energy", "loss_without")}
+        keep, total = self.keep[layer, group], float(cost.sum())
+        share = 1 - float(cost[keep].sum()) / total if total > 0 else float("nan")
+        row |= {"kept": len(keep), "removed": 1 - len(keep) / len(cost), "removed_cost": share}
+        return row | {key: _number(inner.get(key)) for key in ("error", "error_without_refit")}
+
+    def losses(self, group: str) -> pd.DataFrame:
+        """The cost curves of an analysis: layer, gone (units), removed (share of the units), loss, error.
+
+        `loss`: predicted rise of the loss when so many units of that layer alone have gone, in the order of
+        `units(group).rank`, and the others are refitted, nats a token; `error`: the relative output error then.
+        """
+        curves, units = self._measured().curves, self._size(group)[0]
+        columns: list[list[npt.NDArray[Any]]] = []
+        for layer in range(self.layer_count):
+            one = curves[layer, group]
+            columns.append(
+                [np.full_like(one.removed, layer), one.removed, one.removed / units[layer], one.loss, one.error]
+            )
+        return _frame(("layer", "gone", "removed", "loss", "error"), columns)
+
+    def kv_groups(self) -> pd.DataFrame:
+        """One row a KV head of an analysis: layer, kv_head, cost (the sum of its query heads'), loss (predicted when
+        all its query heads go, the others refitted, nats a token)."""
+        found, columns = self._measured(), []
+        self._size("heads")
+        for layer in range(self.layer_count):
+            cost = found.cost[layer, "kv"]
+            columns.append([np.full(len(cost), layer), np.arange(len(cost)), cost, found.unit_loss[layer, "kv"]])
+        return _frame(("layer", "kv_head", "cost", "loss"), columns)
+
+    def predicted(self, keep: Mapping[str, int | Sequence[int]]) -> float:
+        """Predicted rise of the loss, nats a token, when every layer keeps so many units of each group named: a count,
+        or one a layer. Losses of layers and groups are added, as if none saw the others' errors."""
+        curves, total = self._measured().curves, 0.0
+        for group, count in keep.items():
+            units = self._size(group)[0]
+            counts = [count] * self.layer_count if isinstance(count, int) else count
+            total += sum(curves[layer, group].at(units[layer] - one) for layer, one in enumerate(counts))
+        return total
 
     def curve(self, group: str) -> pd.DataFrame:
         """The cost curve of every layer: layer, gone (units), removed (share of the units), cost.
@@ -121,11 +172,11 @@ class Sensitivity:
         `cost` is the summed cost of the units that have gone, as a share of the layer's total: from 0 at none to 1 at
         all. The units go in the order of `units(group).rank`. Raises UserError for a group without scores.
         """
-        _, _, balance = self._size(group)
+        _, balance = self._size(group)
         columns: list[list[npt.NDArray[Any]]] = []
         for layer in range(self.layer_count):
             cost = self.cost[layer, group]
-            order = removal_order(self.order[layer, group], balance)
+            order = removal_order(self.order[layer, group], balance[layer])
             gone = np.arange(len(cost) + 1)
             summed = np.concatenate([[0.0], np.cumsum(cost[order])])
             share = summed / summed[-1] if summed[-1] > 0 else np.full(len(gone), np.nan)
@@ -133,40 +184,73 @@ class Sensitivity:
         return _frame(("layer", "gone", "removed", "cost"), columns)
 
     def plot_heads(self) -> Figure:
-        """Heat map of the query heads by layer: each head's share of its layer's summed cost; what went is crossed.
-
-        Shares, because costs grow by orders of magnitude with depth and only heads of one layer compete.
-        """
+        """Heat map of the query heads by layer. Of an analysis: the predicted loss without each head. Of a prune step:
+        each head's share of its layer's summed cost, because only heads of one layer compete; what went is crossed."""
         self._size("heads")
-        return _figure("heads", self)
+        return cast("Figure", _figure("heads", self))
 
     def plot_curves(self, group: str = "ffn") -> Figure:
-        """The cost curves of `curve(group)` on a log scale: a line a layer, coloured by depth, a dot at its cut."""
+        """A line a layer, coloured by depth, on a log scale: the predicted losses of `losses(group)`; of a prune step
+        the costs of `curve(group)`, a dot at its cut."""
         self._size(group)
-        return _figure("curves", self, group)
+        return cast("Figure", _figure("losses" if self.measured else "curves", self, group))
+
+    def plot_layers(self) -> Figure:
+        """How much each layer does: its block influence, and the predicted loss without its attention or its FFN."""
+        self._measured()
+        return cast("Figure", _figure("layers", self))
+
+    def plot_predicted(self, results: Sequence[str | Path]) -> Figure:
+        """Predicted against measured rise of the loss of prune results (folders with a receipt.json)."""
+        return cast("Figure", _figure("predicted", [outcome(self, Path(result)) for result in results]))
+
+    def save_predicted(self, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
+        """The picture of `plot_predicted`, as PNG and SVG, in `folder`."""
+        return list(_figure("save", _figure("predicted", outcomes), folder, "predicted"))
 
     def plot_cut(self) -> Figure:
         """What the cut took, layer by layer and group by group: share of the cost, and the output error before and
         after the refit. Raises UserError where nothing was cut."""
-        if not self.groups:
+        if self.measured or not self.groups:
             raise UserError(f"{self.step} cut nothing; there are no scores to show")
-        return _figure("cut", self)
+        return cast("Figure", _figure("cut", self))
 
-    def balance(self, group: str) -> int:
+    def save_pictures(self, folder: Path) -> list[Path]:
+        """Every picture there is, as PNG and SVG, into a new `folder`."""
+        makers: dict[str, Callable[[], Figure]] = {
+            f"curves-{group}": partial(self.plot_curves, group) for group in self.groups
+        }
+        if "heads" in self.groups:
+            makers["heads"] = self.plot_heads
+        if self.measured:
+            makers["layers"] = self.plot_layers
+        elif self.groups:
+            makers["cut"] = self.plot_cut
+        return [path for name, make in makers.items() for path in _figure("save", make(), folder, name)]
+
+    def balance(self, group: str, layer: int = 0) -> int:
         """Units of one balance block, which loses as many as every other: the query heads of one KV head; for the FFN
         all neurons of the layer."""
-        return self._size(group)[2]
+        return self._size(group)[1][layer]
 
-    def _sizes(self) -> dict[str, tuple[int, int, int]]:
-        """(units, kept, balance) of the groups that were scored."""
-        described = self.about["groups"]
-        return {
-            name: (size["units"], size["keep"], size["balance"])
-            for name, size in described.items()
-            if (0, name) in self.cost
-        }
+    def _measured(self) -> Curves:
+        if self.measured is None:
+            raise UserError(
+                f"{self.step}: the scores of a prune step predict no loss",
+                hint="autoglm-compress sensitivity MODEL -o DIR measures a model",
+            )
+        return self.measured
 
-    def _size(self, group: str) -> tuple[int, int, int]:
+    def _sizes(self) -> dict[str, tuple[Counts, Counts]]:
+        """(units, balance) of the groups that were scored, each layer by layer."""
+        found: dict[str, tuple[Counts, Counts]] = {}
+        for name, size in self.about["groups"].items():
+            units, balance = (each(size[key], self.layer_count) for key in ("units", "balance"))
+            if (0, name) in self.cost and units and balance:
+                found[name] = units, balance
+        return found
+
+    def _size(self, group: str) -> tuple[Counts, Counts]:
         sizes = self._sizes()
         if group not in sizes:
             known = group in self.about["groups"]
@@ -190,97 +274,25 @@ def removal_order(order: Ints, balance: int) -> Ints:
 
 
 def load_sensitivity(folder: str | Path, step: str | None = None) -> Sensitivity:
-    """The scores that a prune step left in the result `folder`: the only one, or the one named (`1-prune`).
+    """What `measure_sensitivity` (or the command) wrote into `folder`, or the scores that a prune step left in the
+    result `folder`: the only one, or the one named (`1-prune`).
 
-    Raises UserError: no such folder, no scores in it, several prune steps and none named, an unknown step, files that
-    are missing, damaged or contradict each other.
+    Raises UserError: no such folder, nothing of either in it, several prune steps and none named, an unknown step,
+    files that are missing, damaged or contradict each other.
     """
-    home = Path(folder).expanduser() / "sensitivity"
-    if not home.parent.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    steps = sorted(path.name for path in home.glob("*") if path.is_dir())
-    if not steps:
-        raise UserError(f"{home}: no saved scores; {folder} is not the result of a prune step")
-    if step is None and len(steps) > 1:
-        raise UserError(f"{home}: several prune steps", hint=f"name one, step='{steps[0]}'; found {', '.join(steps)}")
-    name = steps[0] if step is None else step
-    if name not in steps:
-        raise UserError(f"{home}: no step '{name}'{did_you_mean(name, steps)}")
-    about = _read_about(home / name / "importance.json")
-    found = _read_scores(home / name / "importance.safetensors", about)
-    return Sensitivity(name, about, found["cost"], found["order"], found["keep"])
+    home = Path(folder).expanduser()
+    if step is None and (home / DOCUMENT).is_file():
+        found = read_curves(home)
+        return Sensitivity(home.name, found.about, found.cost, found.order, {}, found)
+    name, about, scores = read_scores(home, step)
+    return Sensitivity(name, about, scores["cost"], scores["order"], scores["keep"])
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    """importance.json with everything that is read from it checked."""
-    about = read_json(path)
-    groups, layers = about.get("groups"), about.get("layers")
-    fine = (
-        isinstance(about.get("criterion"), str)
-        and isinstance(groups, dict)
-        and all(_positive_counts(size) for size in groups.values())
-        and isinstance(layers, list)
-        and layers
-        and all(isinstance(entry, dict) and _described(entry.get("groups"), groups) for entry in layers)
-        and all(entry["groups"].keys() == layers[0]["groups"].keys() for entry in layers)
-    )
-    if not fine:
-        raise UserError(f"{path}: not what a prune step writes (criterion, groups, layers)")
-    return about
-
-
-def _positive_counts(size: Any) -> bool:
-    return isinstance(size, dict) and all(type(size.get(key)) is int and size[key] > 0 for key in COUNTS)
-
-
-def _described(entry: Any, groups: Mapping[str, Any]) -> bool:
-    return isinstance(entry, dict) and all(name in groups and isinstance(entry[name], dict) for name in entry)
-
-
-def _read_scores(path: Path, about: Mapping[str, Any]) -> dict[str, dict[Key, Any]]:
-    """The tensors `layers.N.GROUP.KIND` that importance.json promises, each with the right size and content."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not readable ({error})") from None
-    found: dict[str, dict[Key, Any]] = {kind: {} for kind in KINDS}
-    for layer, entry in enumerate(about["layers"]):
-        for group in entry["groups"]:
-            for kind in KINDS:
-                name = f"layers.{layer}.{group}.{kind}"
-                if name not in tensors:
-                    raise UserError(f"{path}: tensor '{name}' is missing")
-                found[kind][layer, group] = tensors[name].astype(np.float64 if kind == "cost" else np.int64)
-            cost, order, keep = (found[kind][layer, group] for kind in KINDS)
-            wrong = _wrong(cost, order, keep, about["groups"][group])
-            if wrong:
-                raise UserError(f"{path}: layers.{layer}.{group}: {wrong}")
-    return found
-
-
-def _wrong(cost: Floats, order: Ints, keep: Ints, size: Mapping[str, int]) -> str | None:
-    """What contradicts importance.json, or makes no sense; None when all is well."""
-    units = size["units"]
-    if cost.shape != (units,):
-        return f"{list(cost.shape)} costs, importance.json says {units} units"
-    if not np.isfinite(cost).all():
-        return "a cost is NaN or infinite"
-    if not np.array_equal(np.sort(order), np.arange(units)):
-        return f"order is not a permutation of {units} units"
-    if keep.ndim != 1 or not len(keep) or len(np.unique(keep)) != len(keep) or keep.min() < 0 or keep.max() >= units:
-        return f"keep does not name units below {units}, each once"
-    return None
-
-
-def _figure(name: str, *arguments: Any) -> Figure:
-    """A figure of compress.sensitivity.plots, which needs all of the extra."""
+def _figure(name: str, *arguments: Any) -> Any:
+    """What a function of compress.sensitivity.plots makes, which needs all of the extra."""
     for module in ("pandas", "matplotlib"):
         optional(module)
-    figure: Figure = getattr(import_module("compress.sensitivity.plots"), name)(*arguments)
-    return figure
+    return getattr(import_module("compress.sensitivity.plots"), name)(*arguments)
 
 
 def _number(value: Any) -> float:

@@ -1,4 +1,4 @@
-"""The figures of a Sensitivity: heads by layer, cost curves, what the cut took. Each function returns a new Figure.
+"""The figures of a Sensitivity: heads, cost curves, layers, what a cut took. Each function returns a new Figure.
 
 The figures belong to no window and to no global list: a notebook shows what a cell returns, a script saves it with
 `figure.savefig`. Needs pandas and matplotlib (the extra `notebook`).
@@ -7,20 +7,25 @@ The figures belong to no window and to no global list: a notebook shows what a c
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from compress.checkpoint.per_layer import span
+
 if TYPE_CHECKING:
     from compress.sensitivity import Sensitivity
+    from compress.sensitivity.outcome import Outcome
 
+MODULES = {"heads": "attention", "ffn": "FFN"}
 NAMES = {"heads": "query heads", "ffn": "FFN neurons"}
 COLORS = {"before": "#b3402a", "after": "#1f5a94", "bar": "#9db4c8"}
 CMAP = matplotlib.colormaps["viridis"]  # perceptually uniform, readable in grey and by the colour-blind
@@ -37,26 +42,38 @@ class Picture(Figure):
 
 
 def heads(found: Sensitivity) -> Figure:
-    """Layers across, heads down; colour is the head's share of its layer's summed cost, a cross is a head that went."""
+    """Layers across, heads down. Of an analysis, colour is the predicted loss without the head, on a log scale; of a
+    prune step it is the head's share of its layer's summed cost, and a cross is a head that went."""
     frame = found.units("heads")
-    cost = frame.pivot(index="unit", columns="layer", values="cost").to_numpy()  # [heads, layers]
-    totals = cost.sum(0, keepdims=True)
-    share = np.divide(cost, totals, out=np.zeros_like(cost), where=totals > 0)
-    units, layers = share.shape
+    value = "loss" if found.measured else "cost"
+    cells = frame.pivot(index="unit", columns="layer", values=value).to_numpy()  # [heads, layers]
+    if not found.measured:
+        totals = np.nansum(cells, 0, keepdims=True)
+        cells = np.divide(cells, totals, out=np.zeros_like(cells), where=totals > 0)
+    units, layers = cells.shape
     cell = min(0.42, 16 / max(layers, units))  # inches
     figure = Picture(figsize=(max(6.4, cell * layers + 2.2), max(2.6, cell * units + 1.5)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(share, cmap=CMAP, aspect="auto", vmin=0, interpolation="nearest")
-    gone = frame[~frame.kept]
-    stroke = withStroke(linewidth=3, foreground="black")
-    size = 72 * cell * 0.42
-    axes.plot(gone.layer, gone.unit, "x", color="white", markersize=size, markeredgewidth=1.4, path_effects=[stroke])
-    for edge in range(found.balance("heads"), units, found.balance("heads")):
+    norm = _log_norm(cells) if found.measured else Normalize(0, float(np.nanmax(cells)) or 1)
+    image = axes.imshow(cells, cmap=CMAP, aspect="auto", norm=norm, interpolation="nearest")
+    blocks = {found.balance("heads", layer) for layer in range(layers)}
+    for edge in range(found.balance("heads"), units, found.balance("heads")) if len(blocks) == 1 else ():
         axes.axhline(edge - 0.5, color="white", linewidth=2.5)  # between KV groups
     _whole_ticks(axes.xaxis, layers)
     _whole_ticks(axes.yaxis, units)
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("query head")
+    if found.measured:
+        axes.set_title(
+            "Predicted rise of the loss without each query head\nwhite lines: between KV groups", fontsize=10
+        )
+        bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, extend="min")
+        bar.set_label("nats a token")
+        return figure
+    gone = frame[~frame.kept]
+    stroke = withStroke(linewidth=3, foreground="black")
+    size = 72 * cell * 0.42
+    axes.plot(gone.layer, gone.unit, "x", color="white", markersize=size, markeredgewidth=1.4, path_effects=[stroke])
     axes.set_title(
         f"{found.criterion} cost of the query heads, normalised in each layer\n"
         f"crosses: {len(gone)} of {len(frame)} heads went; white lines: between KV groups",
@@ -65,6 +82,91 @@ def heads(found: Sensitivity) -> Figure:
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.01, aspect=12)
     bar.set_label("share of the\nlayer's summed cost")
     return figure
+
+
+def losses(found: Sensitivity, group: str) -> Figure:
+    """Predicted rise of the loss over the share of units removed, one line a layer; the others stay whole."""
+    frame = found.losses(group)
+    norm = Normalize(0, max(1, found.layer_count - 1))
+    figure = Picture(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    middles = {}
+    dots = "o" if len(frame) <= 12 * found.layer_count else None  # few heads: the line is a guess between them
+    for layer, part in frame.groupby("layer"):
+        shown = part[part.gone > 0]
+        axes.plot(shown.removed, shown.loss, color=DEPTH(norm(layer)), linewidth=0.9, marker=dots, markersize=3)
+        middles[layer] = float(np.interp(0.5, part.removed, part.loss))
+    _name_outliers(axes, middles, above=True)
+    positive = frame[frame.loss > 0].loss
+    if len(positive):
+        axes.set_yscale("log")
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(f"{NAMES.get(group, group)} removed, first in the ranking first (share of the layer's)")
+    axes.set_ylabel("predicted rise of the loss (nats a token)")
+    axes.set_title(
+        f"What removing {NAMES.get(group, group)} from one layer costs after the refit, one line a layer", fontsize=10
+    )
+    axes.grid(True, which="major", color="0.9", linewidth=0.6)
+    _depth_bar(figure, axes, norm, found.layer_count)
+    return figure
+
+
+def layers(found: Sensitivity) -> Figure:
+    """Above, how far each layer turns the residual stream; below, the predicted loss without its attention or FFN."""
+    frame = found.layers()
+    figure = Picture(figsize=(max(6.4, 0.22 * found.layer_count + 2), 5.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    whole = frame[frame.group == found.groups[0]]
+    above.bar(whole.layer, whole.influence, color=COLORS["bar"])
+    above.set_ylabel("block influence\n$1 - \\cos(\\mathrm{input}, \\mathrm{output})$")
+    above.set_title("How much each decoder layer changes what passes through it", fontsize=10)
+    for group, marker, color in zip(found.groups, "os^", (COLORS["before"], COLORS["after"], "0.3"), strict=False):
+        part = frame[frame.group == group]
+        name = MODULES.get(group, group)
+        below.plot(part.layer, part.loss_without, marker, color=color, markersize=4.5, label=f"without its {name}")
+    below.set_yscale("log")
+    below.set_ylabel("predicted rise of the loss\n(nats a token)")
+    below.set_xlabel("decoder layer")
+    below.grid(True, axis="y", color="0.9", linewidth=0.6)
+    below.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=2, frameon=False)
+    below.set_xlim(-0.7, found.layer_count - 0.3)
+    _whole_ticks(below.xaxis, found.layer_count)
+    return figure
+
+
+def predicted(outcomes: Sequence[Outcome]) -> Figure:
+    """A point a result: the predicted rise of the loss across, the measured one up; on the line they agree."""
+    figure = Picture(figsize=(5.6, 5.2), layout="constrained")
+    axes = figure.subplots()
+    points = [(one.predicted, one.measured) for one in outcomes]
+    values = [value for point in points for value in point if value > 0]
+    ends = (0.6 * min(values), 1.7 * max(values)) if values else (1e-3, 1.0)
+    axes.plot(ends, ends, color="0.6", linewidth=1, linestyle="--", label="measured as predicted")
+    axes.plot(*zip(*points, strict=True), "o", color=COLORS["after"], markersize=6)
+    for one, at in zip(outcomes, points, strict=True):
+        axes.annotate(one.name, at, xytext=(7, -10), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    axes.set_aspect("equal")
+    axes.set_xlabel("predicted rise of the loss (nats a token)")
+    axes.set_ylabel("measured rise of the loss (nats a token)")
+    axes.set_title("Pruned models: predicted against measured", fontsize=10)
+    axes.grid(True, which="major", color="0.9", linewidth=0.6)
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """NAME.png and NAME.svg in `folder`: the same bytes for the same numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.png", folder / f"{name}.svg"]
+    figure.savefig(files[0], dpi=150, metadata={"Software": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(files[1], metadata={"Date": None})
+    return files
 
 
 def curves(found: Sensitivity, group: str) -> Figure:
@@ -118,11 +220,24 @@ def cut(found: Sensitivity) -> Figure:
     return figure
 
 
-def _name_outliers(axes: Axes, middles: Mapping[int, float]) -> None:
-    """Name the lines that run at least a factor of 3 below the median line, at most four of them."""
-    low = sorted((cost, layer) for layer, cost in middles.items() if 0 < cost < np.median(list(middles.values())) / 3)
-    for cost, layer in low[:4]:
-        axes.annotate(f"layer {layer}", (0.5, cost), xytext=(8, -9), textcoords="offset points", fontsize=8)
+def _log_norm(cells: Any) -> LogNorm:
+    """A log scale over four decades at most, and a few of the least below it: one dead head would take half of it."""
+    top = float(np.nanmax(cells))
+    if top <= 0:
+        return LogNorm(1e-4, 1)
+    return LogNorm(max(float(np.quantile(cells[cells > 0], 0.02)), top / 10**4), top)
+
+
+def _name_outliers(axes: Axes, middles: Mapping[int, float], above: bool = False) -> None:
+    """Name the lines that run at least a factor of 3 below the median line (or above it), at most four of them."""
+    median = float(np.median(list(middles.values())))
+    if above:
+        far = sorted(((cost, layer) for layer, cost in middles.items() if cost > 3 * median), reverse=True)
+    else:
+        far = sorted((cost, layer) for layer, cost in middles.items() if 0 < cost < median / 3)
+    for cost, layer in far[:4]:
+        place = {"xytext": (-2, 6), "ha": "right"} if above else {"xytext": (8, -9)}
+        axes.annotate(f"layer {layer}", (0.5, cost), textcoords="offset points", fontsize=8, **place)
 
 
 def _share_panel(axes: Axes, part: Any, group: str) -> None:
@@ -130,8 +245,8 @@ def _share_panel(axes: Axes, part: Any, group: str) -> None:
     axes.step(part.layer, part.removed, where="mid", color="0.2", linewidth=1.2, linestyle="--", label="of the units")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(0, 1.45 * float(np.nanmax([part.removed.max(), part.removed_cost.max()])))
-    row = part.iloc[0]
-    axes.set_title(f"{NAMES.get(group, group)}: {row.units} -> {row.kept} in every layer", fontsize=10)
+    sizes = f"{span(part.units.tolist())} -> {span(part.kept.tolist())}"
+    axes.set_title(f"{NAMES.get(group, group)}: {sizes} in every layer", fontsize=10)
     axes.legend(loc="upper right", fontsize=8, ncols=2, frameon=False)
 
 

@@ -15,7 +15,7 @@ from typer.main import get_command
 from compress import cli
 from compress.steps import STEPS
 
-COMMANDS = ["inspect", "plan", "run", "prune", "distill", "quantize", "evaluate", "recipes"]
+COMMANDS = ["inspect", "plan", "run", "prune", "distill", "quantize", "evaluate", "sensitivity", "recipes"]
 PAGES = [*COMMANDS[:-1], *(f"recipes {name}" for name in ("list", "show", "copy", "schema"))]
 ROOT = Path(cli.__file__).parent.parent
 

@@ -243,7 +243,7 @@ def test_help_lists_every_option_of_the_step(kind: str) -> None:
 def test_the_package_is_its_public_names() -> None:
     assert set(compress.__all__) <= set(dir(compress)) and all(getattr(compress, name) for name in compress.__all__)
     assert sorted(FUNCTIONS) == sorted(
-        [*STEPS, "inspect", "plan", "run", "evaluate", "load_receipt", "load_sensitivity"]
+        [*STEPS, "inspect", "plan", "run", "evaluate", "load_receipt", "load_sensitivity", "measure_sensitivity"]
     )
     with pytest.raises(AttributeError, match="has no attribute 'prun'"):
         compress.prun  # noqa: B018  # type: ignore[attr-defined]

@@ -18,11 +18,11 @@ from compress.errors import UserError
 UNITS = {"heads": (4, 2, 8), "ffn": (16, 16, 1)}  # units, balance, width
 
 
-def write(folder: Path, layers: int = 2) -> Path:
+def write(folder: Path, layers: int = 2, groups: dict[str, tuple[int, int, int]] = UNITS) -> Path:
     """A small folder by hand: costs ascend with the unit, each unit loses as much as its number."""
     tensors: dict[str, Any] = {}
     for layer in range(layers):
-        for name, (units, _, _) in UNITS.items():
+        for name, (units, _, _) in groups.items():
             prefix, removed = f"layers.{layer}.{name}", np.arange(0, units, units // 4, dtype=np.int32)
             tensors[f"{prefix}.cost"] = np.arange(units, dtype=np.float32)
             tensors[f"{prefix}.order"] = np.arange(units, dtype=np.int32)
@@ -30,14 +30,18 @@ def write(folder: Path, layers: int = 2) -> Path:
             tensors[f"{prefix}.curve.removed"] = removed
             tensors[f"{prefix}.curve.loss"] = removed.astype(np.float64) * (layer + 1)
             tensors[f"{prefix}.curve.error"] = removed / units
+        for kind in ("cost", "loss"):
+            tensors[f"layers.{layer}.kv.{kind}"] = np.ones(groups["heads"][0] // groups["heads"][1])
     folder.mkdir(parents=True)
     save_file(tensors, folder / TENSORS)
     about = {
         "format": 1,
         "model": {"digest": "0" * 64},
         "criterion": "obs",
-        "groups": {name: dict(zip(("units", "balance", "width"), sizes, strict=True)) for name, sizes in UNITS.items()},
-        "layers": [{"groups": {name: {} for name in UNITS}} for _ in range(layers)],
+        "groups": {
+            name: dict(zip(("units", "balance", "width"), sizes, strict=True)) for name, sizes in groups.items()
+        },
+        "layers": [{"groups": {name: {} for name in groups}} for _ in range(layers)],
     }
     seal(folder, about)
     return folder
@@ -57,7 +61,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     curve = found.curves[1, "ffn"]
     assert curve.removed.tolist() == [0, 4, 8, 12] and curve.loss.tolist() == [0, 8, 16, 24]
     assert curve.at(6) == 12 and curve.at(0) == 0
-    assert found.order[0, "heads"].dtype == np.int64 and found.groups["heads"].balance == 2
+    assert found.order[0, "heads"].dtype == np.int64 and found.groups["heads"].balance == (2, 2)
 
 
 def test_the_digest_is_of_both_files(tmp_path: Path) -> None:
@@ -114,6 +118,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "twice": (change("layers.0.heads.order", lambda a: a * 0), "no permutation|not a permutation"),
     "descends": (change("layers.0.heads.curve.removed", lambda a: a[::-1].copy()), "does not ascend"),
     "beyond": (change("layers.0.heads.curve.removed", lambda a: a * 2), "beyond 4 units"),
+    "a KV head more": (change("layers.1.kv.loss", lambda a: np.ones(3)), "for each of 2 KV heads"),
     "a shorter curve": (change("layers.0.heads.curve.error", lambda a: a[1:]), "other lengths"),
     "a loss at none": (change("layers.0.heads.curve.loss", lambda a: a + 1), "where nothing is removed"),
 }

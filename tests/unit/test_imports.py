@@ -26,7 +26,7 @@ LAYERS = (
     ("cli",),
     ("commands",),
     ("api", "report"),
-    ("run",),
+    ("run", "analysis"),
     ("resume",),
     ("receipt",),
     ("plan", "check", "card", "inspect", "output", "recipe_schema", "sensitivity"),
@@ -37,7 +37,7 @@ LAYERS = (
     ("stream", "solve"),
     ("complaints", "data", "arch", "curves"),
     ("checkpoint", "recipe_yaml", "signatures"),
-    ("device",),
+    ("device", "progress"),
     ("errors", "limits", "machine"),
 )
 # What imports a module by a name that only a variable holds, and why that may be.
@@ -50,6 +50,7 @@ RANK = {part: rank for rank, layer in enumerate(reversed(LAYERS)) for part in la
 # What imports one of LIBRARIES, itself or through another module of this list, when it is imported. No other module
 # does: help, inspect and plan answer without torch.
 HEAVY = {
+    "compress.analysis",
     "compress.check",
     "compress.checkpoint.gguf",
     "compress.checkpoint.ledger",
@@ -62,6 +63,7 @@ HEAVY = {
     "compress.losses.forward_kl",
     "compress.resume",
     "compress.run",
+    "compress.sensitivity.measure",
     "compress.sensitivity.plots",
     "compress.solve",
     "compress.steps.distill.run",

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from compress.errors import size
-from compress.report import EVERY, BarProgress, LogProgress, Screen, duration
+from compress.progress import EVERY, BarProgress, LogProgress, duration
+from compress.report import Screen
 
 
 @pytest.mark.parametrize(

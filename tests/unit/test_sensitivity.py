@@ -189,7 +189,7 @@ def test_several_steps_want_a_name(source: Path, copy: Path) -> None:
         load_sensitivity(copy, "3-prune")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_sensitivity(copy / "nowhere")
-    with pytest.raises(UserError, match=r"no saved scores; .*source is not the result of a prune step"):
+    with pytest.raises(UserError, match=r"no saved scores; .*source is neither a sensitivity folder nor a prune"):
         load_sensitivity(source)
 
 

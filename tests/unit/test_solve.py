@@ -13,7 +13,7 @@ import torch
 from compress import solve
 from compress.errors import UserError
 from compress.limits import DAMPINGS
-from compress.solve import HeldOut, best_damping, cut_error, damping_vector, factor, greedy_removal, refit
+from compress.solve import Elimination, HeldOut, best_damping, cut_error, damping_vector, factor, greedy_removal, refit
 
 Array = npt.NDArray[np.float64]
 GREEDY = 1.25  # greedy removal costs at most this much more than the best choice, on the problems below
@@ -258,3 +258,43 @@ def test_a_factor_that_fails_in_float32_is_taken_in_float64() -> None:
             torch.testing.assert_close(lower @ lower.T, matrix, rtol=1e-4, atol=1e-4)
             return
     pytest.fail("no matrix of 200 that float32 cannot factor and float64 can")
+
+
+@pytest.mark.parametrize("double_up_to", [4096, 0], ids=["float64", "float32"])
+def test_one_factor_gives_the_error_of_every_leading_cut(double_up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output by output what the refit of the kept columns leaves, for nested cuts in one order, none and all but one
+    included."""
+    monkeypatch.setattr(solve, "DOUBLE_UP_TO", double_up_to)
+    problem = Problem(24, seed=5)
+    going = torch.tensor(np.random.default_rng(1).permutation(24))
+    counts = [0, 1, 7, 12, 20, 23]
+    found = Elimination(problem.weight, problem.hessian, problem.ridge, going)
+    errors = found.leading(counts)
+    energy = ((problem.w @ problem.x.T) ** 2).mean(1)
+    assert np.allclose(found.energy, energy, rtol=1e-4)
+    for count, error in zip(counts, errors, strict=True):
+        keep = sorted(going[count:].tolist())
+        refitted = refit(problem.weight, problem.hessian, torch.tensor(keep), problem.ridge)
+        full = embedded(refitted.weight.double().numpy(), keep, 24)
+        assert np.allclose(
+            error, (((full - problem.w) @ problem.x.T) ** 2).mean(1), rtol=2e-3, atol=1e-4 * energy.max()
+        )
+        assert float(error.sum() / found.energy.sum()) == pytest.approx(refitted.error, rel=2e-3, abs=1e-5)
+    assert errors[0].max() == 0
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_error_without_a_unit_is_that_of_the_refit_of_all_others(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solve, "ALONE", 8)  # several parts
+    problem, importance = Problem(24, seed=6), torch.rand(6, generator=torch.Generator().manual_seed(0))
+    owned = torch.arange(24).view(-1, width)
+    going = torch.tensor(np.random.default_rng(2).permutation(24))
+    found = Elimination(problem.weight, problem.hessian, problem.ridge, going).alone(owned, importance)
+    for unit, columns in enumerate(owned.tolist()):
+        keep = [column for column in range(24) if column not in columns]
+        refitted = refit(problem.weight, problem.hessian, torch.tensor(keep), problem.ridge)
+        full = embedded(refitted.weight.double().numpy(), keep, 24)
+        error = (((full - problem.w) @ problem.x.T) ** 2).mean(1)
+        assert float(found[unit]) == pytest.approx(float(error @ importance.double().numpy()), rel=1e-3)

@@ -18,10 +18,9 @@ from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
-from compress.criteria import CRITERIA, GroupView, Ranking
+from compress.criteria import CRITERIA, GroupView, Ranking, ranking_of
 from compress.data import windows
 from compress.device import device_of
-from compress.errors import UserError
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
@@ -91,7 +90,6 @@ class _Pruner:
         self.job, self.plan, self.options = job, plan, options
         self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[options.criterion]
-        self.rank = self.criterion.load()
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
         self.before = Stream(streamed, family, dtype=dtype)
@@ -175,7 +173,7 @@ class _Pruner:
             statistics = found.pop(group.name, {})
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
-            ranking = self._rank(seen)
+            ranking = ranking_of(self.criterion, seen, self.options.damping)
             keep = select(ranking, group, self.plan.keep[index][group.name])
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
@@ -199,16 +197,6 @@ class _Pruner:
         if held is None:
             return self.options.damping, None
         return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
-
-    def _rank(self, seen: GroupView) -> Ranking:
-        """The criterion's ranking; refused when a cost is no number, because then their order means nothing."""
-        ranking = self.rank(seen, self.options.damping)
-        if not bool(torch.isfinite(ranking.cost).all()):
-            raise UserError(
-                f"{seen.name}: costs by {self.options.criterion} are NaN or infinite: "
-                f"{'activations' if self.criterion.needs else 'weights'} overflow"
-            )
-        return ranking
 
     def _statistics(
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor

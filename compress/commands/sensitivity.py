@@ -1,0 +1,141 @@
+"""`sensitivity MODEL -o DIR`: what every head, KV group and neuron costs; and what such folders say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.commands.options import DataFlags, MachineFlags, ScreenFlags, flat
+from compress.errors import UserError
+from compress.report import Screen
+from compress.steps.prune.measuring import SensitivityOptions
+
+EXAMPLE = "autoglm-compress sensitivity demo:smollm2-135m -o out/sensitivity"
+_OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
+_READ: dict[str, Any] = {"rich_help_panel": "Reading"}
+Measured = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A model to measure, as for prune; or, without -o, a folder to show.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False, **_OUTPUT)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it exists.", **_OUTPUT)]
+Against = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--against",
+        metavar="RESULT",
+        help="Show a folder's prediction for this pruned result beside what its receipt measured; may be repeated.",
+        **_READ,
+    ),
+]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option("--compare", metavar="A B", help="Compare the rankings of two folders.", show_default=False, **_READ),
+]
+Cut = Annotated[
+    str, typer.Option("--cut", metavar="X", help="Share removed, at which --compare counts moved units.", **_READ)
+]
+
+
+@flat
+def sensitivity(
+    options: SensitivityOptions,
+    data: DataFlags,
+    machine: MachineFlags,
+    show: ScreenFlags,
+    model: Measured = None,
+    output: Out = None,
+    overwrite: Overwrite = False,
+    against: Against = None,
+    compare: Compare = None,
+    cut: Cut = "0.25",
+) -> None:
+    """Measure what every head, KV group and neuron costs, and what cuts will do to the loss."""
+    screen = show.screen()
+    if sum((compare is not None, bool(against), output is not None)) > 1 or (compare is None) == (model is None):
+        raise UserError(
+            "found other arguments than these, allowed: MODEL -o DIR, DIR, DIR --against RESULT, or --compare A B"
+        )
+    if compare is not None:
+        _compare(screen, *compare, cut)
+    elif output is not None:
+        assert model is not None
+        limits = machine.machine()
+        machine.note(screen)
+        from compress.api import measure_sensitivity
+
+        with screen:
+            found = measure_sensitivity(
+                model,
+                output,
+                data=data.spec("calibration"),
+                seed=data.seed_number(),
+                overwrite=overwrite,
+                machine=limits,
+                progress=screen.progress,
+                **options.model_dump(),
+            )
+        _show(screen, found, output)
+    else:
+        from compress.sensitivity import load_sensitivity
+
+        folder = Path(str(model)).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{model}: no folder to show", hint="give -o DIR to measure a model")
+        found = load_sensitivity(folder)
+        if against:
+            _against(screen, found, folder, against, pictures=options.pictures)
+        else:
+            _show(screen, found, folder)
+
+
+def _show(screen: Screen, found: Any, folder: Path) -> None:
+    from compress.sensitivity.heat import heat_map, summary
+
+    screen.said({"folder": str(folder), **found.about}, *heat_map(found), *summary(found, folder))
+
+
+def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pictures: bool) -> None:
+    """Predicted beside measured: a table, and a picture in the folder."""
+    from compress.sensitivity.outcome import outcome
+
+    rows = [outcome(found, result) for result in results]
+    said: list[str] = []
+    if pictures:
+        drawn = found.save_predicted(rows, folder / "pictures")
+        said.append(f"picture: {drawn[0]}")
+    screen.rows(
+        [vars(row) for row in rows],
+        ("result", "predicted", "measured"),
+        [[row.name, f"{row.predicted:.4f}", f"{row.measured:.4f}"] for row in rows],
+        "rise of the loss over the dense model, nats a token",
+        *said,
+    )
+
+
+def _compare(screen: Screen, first: Path, second: Path, cut: str) -> None:
+    """A row a layer and group."""
+    from compress.sensitivity import load_sensitivity
+    from compress.sensitivity.compare import compare, mean_by_group
+
+    try:
+        share = float(cut)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise UserError(f"--cut: found '{cut}', allowed: a number above 0 and below 1")
+    rows = compare(load_sensitivity(first), load_sensitivity(second), share)
+    screen.rows(
+        {"first": str(first), "second": str(second), "cut": share, "rows": rows},
+        ("layer", "group", "spearman", "gone", "moved"),
+        [[str(r["layer"]), r["group"], f"{r['spearman']:.3f}", str(r["gone"]), str(r["moved"])] for r in rows],
+        *mean_by_group(rows),
+    )

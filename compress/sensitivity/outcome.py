@@ -1,0 +1,58 @@
+"""Predicted beside measured: what an analysis says of a pruned result, and what its receipt measured. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.headers import read_json
+from compress.errors import UserError
+
+if TYPE_CHECKING:
+    from compress.sensitivity import Sensitivity
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A pruned result by its folder's name; rises of the loss over the dense model, nats a token."""
+
+    name: str
+    predicted: float
+    measured: float
+
+
+def outcome(found: Sensitivity, result: Path) -> Outcome:
+    """What `found` predicts of the prune step in `result`, and what was measured after it.
+
+    Raises UserError where `result` has no receipt, starts from another model, or was not measured before and after its
+    prune step, which must be the first step.
+    """
+    path = result / "receipt.json"
+    receipt = read_json(path)
+    try:
+        files = receipt["model"]["sha256"]
+        first, stages = receipt["steps"][0], {stage["stage"]: stage for stage in receipt["stages"]}
+        keep = first.get("keep")
+        before, after = stages.get("dense"), stages.get(first["step"])
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a receipt of a run with steps") from None
+    if not isinstance(keep, dict):
+        raise UserError(f"{path}: its first step is no prune step")
+    if _digest(files) != found.about.get("model", {}).get("digest"):
+        raise UserError(f"{path}: made from another model than {found.step} measured")
+    if before is None or after is None:
+        raise UserError(
+            f"{path}: not measured before and after its prune step", hint="let evaluate be 'each', or prune alone"
+        )
+    return Outcome(result.name, found.predicted(keep), math.log(after["perplexity"]) - math.log(before["perplexity"]))
+
+
+def _digest(files: Any) -> str | None:
+    """checkpoint.digests.model_digest of the files that a receipt names."""
+    if not isinstance(files, dict):
+        return None
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()

@@ -1,0 +1,25 @@
+"""Options of the sensitivity command, which ranks as the prune step does. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from compress.criteria import CRITERIA
+from compress.steps.types import StepOptions, one_of
+
+
+class SensitivityOptions(StepOptions):
+    """How units are ranked, and what is predicted of cuts."""
+
+    criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
+        "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
+    )
+    damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
+        0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."
+    )
+    gradient_samples: Annotated[int, Field(gt=0)] = Field(
+        16, description="Calibration windows of the backward pass, which weighs outputs by what the loss says of them."
+    )
+    pictures: bool = Field(True, description="Draw pictures (PNG and SVG), which needs the extra `notebook`.")

@@ -1,0 +1,290 @@
+"""`autoglm-compress sensitivity`: its numbers against stock transformers and autograd, its files, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress.cli import main
+from compress.curves import read_curves
+from compress.data import DataSpec, windows
+from compress.errors import UserError
+from compress.sensitivity import Sensitivity, load_sensitivity, removal_order
+from compress.sensitivity.compare import compare, spearman
+from compress.sensitivity.heat import WIDTH, heat_map
+from compress.solve import damping_vector, refit
+from tests import tiny
+
+DATA = {"samples": 8, "length": 64}
+FLAGS = ["--samples", "8", "--length", "64", "--threads", "1", "-q"]
+ONE = compress.Machine(1)
+READERS = {"heads": "self_attn.o_proj", "ffn": "mlp.down_proj"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("analysis") / "source")
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path) -> Path:
+    """The analysis of the pico llama, ranked by obs, with pictures."""
+    out = source.parent / "measured"
+    assert main(["sensitivity", str(source), "-o", str(out), "--criterion", "obs", "--seed", "3", *FLAGS]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Sensitivity:
+    return load_sensitivity(folder)
+
+
+def stock_statistics(source: Path) -> tuple[dict[tuple[int, str], torch.Tensor], dict[tuple[int, str], torch.Tensor]]:
+    """From the whole stock model: the readers' inputs [T, n], and the diagonal of E[g g^T] at their outputs [hidden],
+    where g is the gradient of the loss summed over tokens."""
+    ids = torch.from_numpy(windows(DataSpec(source="builtin", **DATA), "calibration", source, 3).ids)  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_pretrained(source)
+    inputs, outputs = {}, {}
+    for layer in range(3):
+        for group, name in READERS.items():
+
+            def see(module: Any, args: Any, out: torch.Tensor, key: tuple[int, str] = (layer, group)) -> None:
+                del module
+                inputs[key] = args[0].detach().flatten(0, 1)
+                out.retain_grad()
+                outputs[key] = out
+
+            model.get_submodule(f"model.layers.{layer}.{name}").register_forward_hook(see)
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    return inputs, {key: out.grad.flatten(0, 1).square().sum(0) / tokens for key, out in outputs.items()}
+
+
+def test_predicted_losses_are_those_of_the_stock_model(source: Path, folder: Path, found: Sensitivity) -> None:
+    """1/2 sum_i f_i e_i: f from autograd, e from the refit on the stock model's own activations."""
+    inputs, fisher = stock_statistics(source)
+    weights = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    for (layer, group), x in inputs.items():
+        weight, hessian = weights[f"model.layers.{layer}.{READERS[group]}.weight"], x.T @ x / len(x)
+        width = weight.shape[1] // len(found.order[layer, group])
+        order = torch.from_numpy(removal_order(found.order[layer, group], found.balance(group)))
+        curve = read_curves(folder).curves[layer, group]
+        half = len(curve.removed) // 2
+        for gone, loss in ((int(curve.removed[half]), curve.loss[half]), (1, None)):
+            left = order[gone:] if loss is not None else torch.arange(1, len(order))  # else without unit 0
+            keep = (left.sort().values[:, None] * width + torch.arange(width)).flatten()
+            full = torch.zeros_like(weight)
+            full[:, keep] = refit(weight, hessian, keep, damping_vector(hessian, 0.01)).weight
+            change = full - weight
+            expected = float(((change @ hessian * change).sum(1) * fisher[layer, group]).sum() / 2)
+            told = loss if loss is not None else read_curves(folder).unit_loss[layer, group][0]
+            assert told == pytest.approx(expected, rel=0.02), (layer, group, gone)
+
+
+def test_curves_start_at_nothing_and_rise(found: Sensitivity) -> None:
+    for group, points in (("heads", [0, 2, 4, 6]), ("ffn", list(range(0, 96, 8)))):
+        frame = found.losses(group)
+        assert list(frame) == ["layer", "gone", "removed", "loss", "error"]
+        for _, part in frame.groupby("layer"):
+            assert part.gone.tolist() == points and part.loss.iloc[0] == part.error.iloc[0] == 0
+            assert (part.loss.diff().dropna() > 0).all() and part.error.max() < 1
+
+
+def test_kv_groups_cost_what_their_heads_do(found: Sensitivity) -> None:
+    heads, kv = found.units("heads"), found.kv_groups()
+    assert (len(heads), len(kv)) == (24, 6)
+    summed = heads.groupby([heads.layer, heads.unit // 4]).cost.sum().to_numpy()
+    assert np.allclose(summed, kv.cost)
+    alone = heads.groupby([heads.layer, heads.unit // 4]).loss.max().to_numpy()
+    assert (kv.loss.to_numpy() > alone).all()  # four heads together cost more than the dearest of them
+
+
+def test_the_first_layer_is_ranked_as_prune_ranks_it(source: Path, found: Sensitivity, tmp_path: Path) -> None:
+    """Later layers see pruned ones there, dense ones here."""
+    keywords: dict[str, Any] = {"ffn": 0.3, "heads": 0.5, "criterion": "obs", "seed": 3, "data": DATA, "machine": ONE}
+    pruned = load_sensitivity(compress.prune(source, tmp_path / "out", **keywords).out)
+    for group in ("heads", "ffn"):
+        assert np.array_equal(found.order[0, group], pruned.order[0, group])
+        assert np.allclose(found.cost[0, group], pruned.cost[0, group])
+
+
+def test_the_same_command_writes_the_same_bytes_and_the_api_too(source: Path, folder: Path, tmp_path: Path) -> None:
+    again = compress.measure_sensitivity(source, tmp_path / "b", data=DATA, criterion="obs", seed=3, machine=ONE)
+    first = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    second = {str(p.relative_to(tmp_path / "b")): p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()}
+    assert {"sensitivity.json", "sensitivity.safetensors", "pictures/heads.png", "pictures/curves-ffn.svg"} < set(first)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == ["measured.json"]
+    assert again.criterion == "obs" and not (tmp_path / "b.work").exists()
+
+
+def test_the_document_says_how_it_was_made(source: Path, found: Sensitivity) -> None:
+    from compress.checkpoint.digests import model_digest
+
+    about = found.about
+    assert about["model"]["digest"] == model_digest(source) and about["model"]["family"] == "llama"
+    assert about["calibration"]["tokens"] == 512 and about["calibration"]["gradient_windows"] == 8
+    assert about["groups"]["ffn"]["tokens_per_column"] == 512 / 96
+    assert about["libraries"]["torch"] == torch.__version__ and about["seed"] == 3
+    whole = found.layers()
+    assert (whole.influence > 0).all() and whole.angular_distance.between(0, 1).all() and (whole.energy > 0).all()
+    for row in whole.itertuples():  # the whole module costs more than the largest cut of it
+        losses = found.losses(row.group).query(f"layer == {row.layer}").loss
+        assert row.loss_without > losses.max()
+
+
+@pytest.mark.parametrize("family", ["glm4v", "phi3", "qwen3"])
+def test_other_families_are_measured(family: str, tmp_path: Path) -> None:
+    source = getattr(tiny, family)(tmp_path / "source")
+    found = compress.measure_sensitivity(
+        source, tmp_path / "out", data={"samples": 2, "length": 32}, machine=ONE, pictures=False
+    )
+    assert found.groups == ("heads", "ffn") and found.layer_count == 2
+    assert not (tmp_path / "out" / "pictures").exists()
+    assert found.predicted({"ffn": 64}) > 0 == found.predicted({})
+
+
+def test_the_pictures_show_the_frames(found: Sensitivity) -> None:
+    image = np.asarray(found.plot_heads().axes[0].images[0].get_array())
+    units = found.units("heads")
+    assert np.allclose(image[units.unit, units.layer], units.loss)
+    lines = found.plot_curves("ffn").axes[0].lines
+    assert [len(line.get_xdata()) for line in lines] == [11] * 3  # without the point at none: the scale is a log
+    assert np.allclose(lines[1].get_ydata(), found.losses("ffn").query("layer == 1 and gone > 0").loss)
+    above, below = found.plot_layers().axes
+    assert [bar.get_height() for bar in above.patches] == found.layers().query("group == 'ffn'").influence.tolist()
+    assert all(axes.get_ylabel() for axes in (above, below)) and isinstance(found.plot_layers(), Figure)
+    with pytest.raises(UserError, match="cut nothing"):
+        found.plot_cut()
+
+
+def test_predicted_beside_measured(
+    source: Path, folder: Path, found: Sensitivity, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {source}\ndata:\n  calibration: {{samples: 8, length: 64}}\n  evaluation: {{samples: 4, length: 64}}\n"
+        "evaluate: last\nsteps:\n  - prune: {keep_ffn: 80, keep_heads: 6, criterion: obs}\n"
+    )
+    receipt = compress.run(recipe, tmp_path / "pruned", machine=ONE).receipt
+    assert main(["sensitivity", str(folder), "--against", str(tmp_path / "pruned"), "--no-pictures", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["predicted"] == pytest.approx(found.predicted({"ffn": 80, "heads": 6}))
+    dense, after = (stage["perplexity"] for stage in receipt["stages"])
+    assert row["measured"] == pytest.approx(np.log(after / dense)) and row["name"] == "pruned"
+    assert found.plot_predicted([tmp_path / "pruned"]).axes[0].get_xlabel()
+    other = tiny.llama(tmp_path / "other", seed=1)
+    mine = compress.measure_sensitivity(other, tmp_path / "mine", data=DATA, machine=ONE, pictures=False)
+    with pytest.raises(UserError, match="made from another model"):
+        mine.plot_predicted([tmp_path / "pruned"])
+
+
+def test_compare(source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "sensitivity",
+        str(source),
+        "-o",
+        str(tmp_path / "r"),
+        "--criterion",
+        "random",
+        "--no-pictures",
+        *FLAGS,
+    ]
+    assert main(arguments) == 0
+    assert main(["sensitivity", "--compare", str(folder), str(folder), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 6 and all((row["spearman"], row["moved"]) == (1, 0) for row in rows)
+    rows = compare(load_sensitivity(folder), load_sensitivity(tmp_path / "r"), 0.5)
+    for row in rows:
+        assert row["gone"] == {"heads": 4, "ffn": 48}[row["group"]]
+        assert len(row["only_first"]) == len(row["only_second"]) == row["moved"]
+        assert -1 <= row["spearman"] < 0.5 and not set(row["only_first"]) & set(row["only_second"])
+    assert main(["sensitivity", "--compare", str(folder), str(tmp_path / "r")]) == 0
+    said = capsys.readouterr().out
+    assert "spearman" in said and "ffn: mean rank correlation" in said
+
+
+def test_spearman_is_the_correlation_of_ranks() -> None:
+    first, second = (np.random.default_rng(seed).permutation(50) for seed in (0, 1))
+    assert spearman(first, second) == pytest.approx(np.corrcoef(first, second)[0, 1])
+
+
+@pytest.mark.parametrize("sizes", [(8, 2, 3), (64, 8, 40), (9, 3, 30), (128, 8, 2)], ids=str)
+def test_the_heat_map_fits_and_tells_without_colour(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    from tests.unit import test_curves
+
+    heads, kv, layers = sizes
+    units = {"heads": (heads, heads // kv, 8), "ffn": (16, 16, 1)}
+    found = load_sensitivity(test_curves.write(tmp_path / "s", layers, units))
+    lines = [line.plain for line in heat_map(found)]
+    assert len([line for line in lines if line[:5].strip().isdigit()]) in (layers, 2 * layers)
+    assert max(map(len, lines[:layers])) <= WIDTH or heads > 70
+    first = next(line for line in lines if line.startswith("    0 "))
+    assert first[6] == " " and "@" in first  # the losses ascend with the unit: from nothing to most
+
+
+REFUSED = {
+    "nothing": ([], "found other arguments"),
+    "two things": (["A", "-o", "B", "--compare", "A", "B"], "found other arguments"),
+    "a model without -o": (["demo:nothing"], "no folder to show"),
+    "no model": (["MISSING/x/y", "-o", "B"], "MISSING/x/y"),
+    "a bad cut": (["--compare", "A", "B", "--cut", "1.5"], "--cut: found '1.5', allowed: a number above 0 and below 1"),
+    "a criterion nobody knows": (["A", "-o", "B", "--criterion", "wandas"], "unknown criterion 'wandas'; did you mean"),
+    "no windows": (["A", "-o", "B", "--gradient-samples", "0"], "--gradient-samples"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_arguments_are_one_line(case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments, told = REFUSED[case]
+    place = [str(tmp_path / a) if a in ("A", "B") else a for a in arguments]
+    assert main(["sensitivity", *place]) == 2
+    said = capsys.readouterr().err
+    assert told in said and "Traceback" not in said
+
+
+def test_what_cannot_be_measured_is_refused_before_any_work(
+    source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(code: int, told: str, *arguments: str) -> None:
+        assert main(["sensitivity", *arguments, *FLAGS]) == code
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+
+    out = ["-o", str(tmp_path / "x")]
+    refused(2, "exists already", str(source), "-o", str(folder))
+    refused(2, "is not a result of ours (no sensitivity.json)", str(source), "-o", str(source), "--overwrite")
+    quantized = compress.quantize(source, tmp_path / "q", format="int8", machine=ONE).out
+    refused(2, "the model is quantized", str(quantized), *out)
+    refused(2, "--data", str(source), *out, "--data", str(tmp_path / "no.txt"))
+    refused(4, "the analysis needs about", str(source), *out, "--memory", "1MB")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(2, "or --no-pictures", str(source), *out)
+
+
+def test_overwrite_replaces_an_analysis(source: Path, tmp_path: Path) -> None:
+    arguments = ["sensitivity", str(source), "-o", str(tmp_path / "x"), "--no-pictures", *FLAGS]
+    assert main(arguments) == 0 and main([*arguments, "--criterion", "magnitude", "--overwrite"]) == 0
+    assert load_sensitivity(tmp_path / "x").criterion == "magnitude"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
+
+
+def test_activations_that_overflow_name_their_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tiny.llama(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert main(["sensitivity", str(source), "-o", str(tmp_path / "x"), "--no-pictures", *FLAGS]) == 2
+    assert "layer 1 ffn" in capsys.readouterr().err
