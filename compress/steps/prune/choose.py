@@ -7,13 +7,13 @@ numpy only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from compress.curves import Curves
-from compress.steps.prune.allocate import MOST, At, allocate, choices, smallest, uncovered
+from compress.steps.prune.allocate import MOST, allocate, choices, smallest, uncovered
 from compress.steps.prune.measured import predicted_loss
 from compress.steps.prune.options import PER_LAYER, PruneOptions
-from compress.steps.prune.widths import Decoder, Keeps, Layer, follow, heads_rule, own, resolve, whole_ffn, whole_heads
+from compress.steps.prune.widths import Decoder, Keeps, Layer, follow, heads_rule, resolve, whole_ffn, whole_heads
 from compress.steps.types import Complain
 
 BUDGETS = ("ratio", "params", "bytes")
@@ -115,11 +115,14 @@ def _per_layer(
         least = told(size(smallest(base, may)))
         complain(
             key,
-            f"{told(limit)} cannot be reached: at most {MOST:.0%} of a layer's units go, and no more than was measured; "
-            f"the smallest is {least}",
+            f"{told(limit)} cannot be reached: at most {MOST:.0%} of a layer's units go, and no more than was "
+            f"measured; the smallest is {least}",
         )
         return None
-    return keeps, (f"widths by layer, of least predicted loss for {key} {told(limit)}: {told(size(keeps))}", _widths(keeps))
+    return keeps, (
+        f"widths by layer, of least predicted loss for {key} {told(limit)}: {told(size(keeps))}",
+        _widths(keeps),
+    )
 
 
 def _budget(
@@ -155,6 +158,3 @@ def _widths(keeps: Keeps) -> str:
         kept = [keep[name] for keep in keeps]
         parts.append(f"{noun} {min(kept)} to {max(kept)}" if min(kept) != max(kept) else f"{noun} {kept[0]}")
     return ", ".join(parts)
-
-
-__all__ = ["At", "choose", "own", "Mapping"]
