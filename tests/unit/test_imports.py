@@ -70,6 +70,8 @@ HEAVY = {
     "compress.steps.distill.saved",
     "compress.steps.distill.trainer",
     "compress.steps.evaluate.run",
+    "compress.steps.prune.depth",
+    "compress.steps.prune.kv",
     "compress.steps.prune.run",
     "compress.steps.prune.scores",
     "compress.steps.prune.surgery",
