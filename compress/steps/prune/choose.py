@@ -40,7 +40,7 @@ def choose(
         if curves is not None:
             return _per_layer(options, decoder, curves, loadable, given[0], complain)
     shaped = any(getattr(options, key) is not None for key in ("heads", "keep_heads", "ffn", "keep_ffn"))
-    if curves is not None and len(given) == 1 and not shaped:
+    if curves is not None and len(given) == 1 and not shaped and not decoder.gone and not decoder.kv:
         return _pair(options, decoder, curves, loadable, complain)
     return resolve(options, decoder, complain)
 
@@ -56,6 +56,8 @@ def _wrong(
             "per-layer needs measured cost curves",
             "autoglm-compress sensitivity MODEL -o DIR measures them; then from_sensitivity: DIR",
         )
+    if decoder.gone or decoder.kv:
+        return "per-layer does not go with keep_layers or keep_kv_heads: all layers are alike there", None
     widths = [key for key in ("ffn", "keep_ffn") if getattr(options, key) is not None]
     if len(given) == 1 and not widths:
         return None
