@@ -115,6 +115,7 @@ class SensitivityKeywords(TypedDict, total=False):
     criterion: str
     damping: float
     gradient_samples: int
+    force: bool
     pictures: bool
 
 
@@ -217,6 +218,10 @@ class PruneKeywords(StepKeywords, total=False):
     """
     criterion: str
     """How units are ranked: wanda, obs, flap, activation, magnitude, random."""
+    from_sensitivity: str | None
+    """Folder of the sensitivity command, of this very model: units are ranked as there, and only what the refit needs
+    is gathered again.
+    """
     refit: bool
     """Refit the reading matrix by least squares from the original weights."""
     damping: float

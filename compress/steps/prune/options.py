@@ -174,6 +174,11 @@ class PruneOptions(StepOptions):
     criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
         "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
     )
+    from_sensitivity: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Folder of the sensitivity command, of this very model: units are ranked as there, and only what "
+        "the refit needs is gathered again.",
+    )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
 from compress.arch.kv import KV_HEADS, kv_heads
@@ -12,10 +14,12 @@ from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
 from compress.checkpoint.per_layer import anchored
 from compress.criteria import CRITERIA
+from compress.curves import Curves
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.budgets import fixed_by_hand
+from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -28,10 +32,18 @@ class PrunePlan(StepPlan):
     """`keep`: units that stay, by group name, layer by layer of those that stay. Which layers stay is found when the
     step runs, and until then `after` stands for any of them: where some go, all are alike. `removed`: share of the
     decoder layers' attention + FFN matrix parameters that goes. The families of `before` and `after` may differ
-    (Family.rewrites)."""
+    (Family.rewrites). `measured`: where the ranking comes from, when a sensitivity folder is named; `predicted_loss`:
+    what its curves say, nats a token."""
 
     keep: Keeps
     removed: float
+    measured: Curves | None = None
+    predicted_loss: float | None = None
+
+    @property
+    def criterion(self) -> str:
+        """By what the units are ranked: the option's, or that of the sensitivity folder."""
+        return cast(PruneOptions, self.options).criterion if self.measured is None else self.measured.criterion
 
     @property
     def layers(self) -> int:
@@ -55,6 +67,11 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
+    curves = None
+    if options.from_sensitivity is not None:
+        curves = measured(before, layers, options, complain)
+        if curves is None:
+            return None
     by_hand = fixed_by_hand(options, layers, complain)
     if by_hand is None:
         return None
@@ -76,6 +93,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     share = decoder.removed(keep) / decoder.matrix_parameters
     sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
+    loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
         kind="prune",
         options=options,
@@ -93,10 +111,22 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *_refit_note(options, decoder, keep, context, complain),
+            *([] if curves is None or loss is None else _measured_notes(curves, loss)),
         ),
+        made_with={} if curves is None else {KEY: curves.digest},
         keep=keep,
         removed=share,
+        measured=curves,
+        predicted_loss=loss,
     )
+
+
+def _measured_notes(curves: Curves, loss: float) -> list[str]:
+    times = math.exp(min(loss, 700))
+    return [
+        f"units are ranked by {curves.criterion}, as {curves.folder} has them",
+        f"predicted rise of the loss: {loss:.4f} nats a token (perplexity {times:.4g} times the dense one)",
+    ]
 
 
 def _layers_left(
@@ -288,7 +318,7 @@ def _refit_note(
     if not (refitted or heads or decoder.kv):
         return []
     widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
-    if not options.refit and "gram" not in CRITERIA[options.criterion].needs:
+    if not options.refit and (options.from_sensitivity is not None or "gram" not in CRITERIA[options.criterion].needs):
         return []
     if (
         options.held_out is not None

@@ -28,6 +28,7 @@ from compress.solve import HeldOut, best_damping, cut_error, damping_vector, ref
 from compress.steps.prune import scores
 from compress.steps.prune.depth import Depth, find_depth, settled
 from compress.steps.prune.kv import Merger
+from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
@@ -71,6 +72,7 @@ def run(job: Job) -> Outcome:
         **({} if depth is None else {"layers": depth.document()}),
         "removed": plan.removed,
         **_loading(plan),
+        **(receipt_of(plan.measured, plan.predicted_loss or 0.0) if plan.measured is not None else {}),
         "precision": pruner.why,
         "calibration": {**tokens.record, "tokens": int(ids.numel())},
         "importance_sha256": hashlib.sha256(importance).hexdigest(),
@@ -103,7 +105,7 @@ class _Pruner:
     ) -> None:
         self.job, self.plan, self.options, self.depth = job, plan, options, depth
         self.reader, self.streamed, self.writer = reader, streamed, writer
-        self.criterion = CRITERIA[options.criterion]
+        self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
         self.before = Stream(streamed, family, dtype=dtype)
@@ -125,7 +127,8 @@ class _Pruner:
         ]
         self.names = tuple(layers[0].shapes)
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
-        self.wanted = self.criterion.needs | refits if any(self.groups) else frozenset()
+        ranks = self.criterion.needs if plan.measured is None else frozenset()
+        self.wanted = ranks | refits if any(self.groups) else frozenset()
         self.chosen: list[dict[str, Chosen]] = []
         heads = layers[0].sizes.kv_heads
         self.kv = kv_heads(layers[0].sizes, self.names)
@@ -210,7 +213,7 @@ class _Pruner:
             statistics = found.pop(group.name, {})
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
-            ranking = ranking_of(self.criterion, seen, self.options.damping)
+            ranking = self._ranking(index, group, seen)
             keep = select(ranking, group, self.plan.keep[place][group.name], self.dropping.get(group.name, 0))
             if group.name in self.dropping:
                 tensors = cut(tensors, self.kv, torch.unique(keep // group.balance))
@@ -236,6 +239,14 @@ class _Pruner:
             tensors, errors = self.merger.merge((index, place), original, tensors, stay, hidden, self.orders[place])
             self.merged |= {} if errors is None else {str(index): errors}
         return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
+
+    def _ranking(self, index: int, group: Group, seen: GroupView) -> Ranking:
+        """By the criterion, or as a sensitivity folder has it."""
+        curves = self.plan.measured
+        if curves is None:
+            return ranking_of(self.criterion, seen, self.options.damping)
+        order, cost = curves.order[index, group.name], curves.cost[index, group.name]
+        return Ranking(*(torch.from_numpy(array).to(seen.reader.device) for array in (order, cost)))
 
     def _damping(self, seen: GroupView, kept: torch.Tensor, held: HeldOut | None) -> tuple[float, float | None]:
         """The damping of one refit, and its error on the held-out windows where there are any."""

@@ -88,8 +88,8 @@ def document(
         for name in layers[0]
     }
     return {
-        "criterion": options.criterion,
-        "paper": CRITERIA[options.criterion].paper,
+        "criterion": plan.criterion,
+        "paper": CRITERIA[plan.criterion].paper,
         "damping": options.damping,
         "refit": options.refit,
         "calibration_sha256": digest,
