@@ -173,6 +173,9 @@ class PruneOptions(StepOptions):
         description="Folder of the sensitivity command, of this very model: units are ranked as there, and only what "
         "the refit needs is gathered again.",
     )
+    gradient_samples: Count = Field(
+        16, description="Calibration windows, at most, that the backward pass of taylor and fisher sees."
+    )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."

@@ -18,6 +18,7 @@ from compress.curves import Curves
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
@@ -93,6 +94,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     share = decoder.removed(keep) / decoder.matrix_parameters
     sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
+    first = ahead(options, before, family, _layer_parameters(before), context, complain)
     loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
         kind="prune",
@@ -101,8 +103,9 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, options, context, before, len(layers)),
-        scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
+        memory=_memory(sizes, options, context, before, len(layers), first),
+        # hidden states, and the next before the last ones go
+        scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch),
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *by_hand.notes,
@@ -110,6 +113,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *_whole_notes(options, whole, layers, kv),
             *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
+            *first.notes,
             *_refit_note(options, decoder, keep, context, complain),
             *([] if curves is None or loss is None else _measured_notes(curves, loss)),
         ),
@@ -280,14 +284,22 @@ def _told_layers(before: Header, sizes: Sizes, keep: Keeps, fewer_heads: bool) -
     return [{key: each[group] for key, group in keys.items()} for each in keep]
 
 
-def _memory(sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header, layers: int) -> int:
-    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; what
-    merging KV heads takes of the layer's input; what the choice of layers holds of their inputs."""
-    data = context.data["calibration"]
-    tokens = _tokens(context)
+def _layer_parameters(before: Header) -> int:
+    """Parameters of the largest layer."""
     family = family_of(before)
     prefix = family.prefix(family.widest(before))
-    layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
+    return sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
+
+
+def _memory(
+    sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header, layers: int, first: Ahead
+) -> int:
+    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; what
+    merging KV heads takes of the layer's input; what the choice of layers holds of their inputs. Or what is done
+    `first`."""
+    data = context.data["calibration"]
+    tokens = _tokens(context)
+    layer = _layer_parameters(before)
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     # with windows held out every reader has a second Gram matrix
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2) * (1 if options.held_out is None else 2)
@@ -297,6 +309,7 @@ def _memory(sizes: Sizes, options: PruneOptions, context: PlanContext, before: H
     merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
     depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
     alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary, merging, depth)
+    alive = max(alive, first.memory)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
 
