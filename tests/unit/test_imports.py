@@ -71,6 +71,7 @@ HEAVY = {
     "compress.steps.distill.trainer",
     "compress.steps.evaluate.run",
     "compress.steps.prune.depth",
+    "compress.steps.prune.gradients",
     "compress.steps.prune.kv",
     "compress.steps.prune.run",
     "compress.steps.prune.scores",

@@ -16,6 +16,7 @@ from compress.data import PADDING, TOKEN_KINDS
 from compress.limits import DAMPINGS
 from compress.steps.types import StepOptions, one_of
 
+ALLOCATIONS = (UNIFORM, PER_LAYER) = ("uniform", "per-layer")
 NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SHARED = tuple(name for name in TOKEN_KINDS if name != TOKEN_KINDS[PADDING])  # kinds of tokens that can have a share
@@ -197,6 +198,11 @@ class PruneOptions(StepOptions):
     bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "17.9GB or 11GiB")] = Field(
         None, description="Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."
     )
+    allocation: Annotated[str, *one_of("allocation", ALLOCATIONS)] = Field(
+        UNIFORM,
+        description="Widths alike in all layers (uniform), or by layer (per-layer: needs from_sensitivity, and who "
+        "loads the result trust_remote_code).",
+    )
     protect: Patterns = Field(
         None,
         description="Decoder modules that are not cut, by name or pattern, as in layers.11.mlp,layers.0-3.*; layers "
@@ -219,6 +225,9 @@ class PruneOptions(StepOptions):
         None,
         description="Folder of the sensitivity command, of this very model: units are ranked as there, and only what "
         "the refit needs is gathered again.",
+    )
+    gradient_samples: Count = Field(
+        16, description="Calibration windows, at most, that the backward pass of taylor and fisher sees."
     )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(

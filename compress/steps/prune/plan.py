@@ -18,11 +18,13 @@ from compress.curves import Curves
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
+from compress.steps.prune.choose import choose
 from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.shares import weight_notes
-from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own, resolve
+from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own
 from compress.steps.types import Complain, PlanContext, StepPlan
 
 _NARROW = "stock transformers was not shown to load such a checkpoint of it"
@@ -78,7 +80,13 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         return None
     gone = sum(layer.matrix_parameters for layer in whole[len(layers) :])
     decoder = Decoder(layers, measure, by_hand.units, kv, gone)
-    resolved = resolve(options, decoder, complain)
+    sizes = family.sizes(before)
+
+    def loadable(heads: int) -> bool:
+        fewer = replace(sizes, heads=heads)
+        return heads == sizes.heads or family.label(before.config, fewer, options.flavour)[0] is not None
+
+    resolved = choose(options, decoder, curves, loadable, complain)
     if resolved is None:
         return None
     keep, chosen = resolved
@@ -92,8 +100,8 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         complain("", f"layers of a {family_of(after).name} cannot differ in width; {_NARROW}")
         return None
     share = decoder.removed(keep) / decoder.matrix_parameters
-    sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
+    first = ahead(options, before, family, _layer_parameters(before), context, complain)
     loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
         kind="prune",
@@ -102,8 +110,9 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, options, context, before, len(layers)),
-        scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
+        memory=_memory(sizes, options, context, before, len(layers), first),
+        # hidden states, and the next before the last ones go
+        scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch),
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *by_hand.notes,
@@ -111,6 +120,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *_whole_notes(options, whole, layers, kv),
             *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
+            *first.notes,
             *_refit_note(options, decoder, keep, context, complain),
             *weight_notes(options, context.data["calibration"], complain),
             *([] if curves is None or loss is None else _measured_notes(curves, loss)),
@@ -282,14 +292,22 @@ def _told_layers(before: Header, sizes: Sizes, keep: Keeps, fewer_heads: bool) -
     return [{key: each[group] for key, group in keys.items()} for each in keep]
 
 
-def _memory(sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header, layers: int) -> int:
-    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; what
-    merging KV heads takes of the layer's input; what the choice of layers holds of their inputs."""
-    data = context.data["calibration"]
-    tokens = _tokens(context)
+def _layer_parameters(before: Header) -> int:
+    """Parameters of the largest layer."""
     family = family_of(before)
     prefix = family.prefix(family.widest(before))
-    layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
+    return sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
+
+
+def _memory(
+    sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header, layers: int, first: Ahead
+) -> int:
+    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; what
+    merging KV heads takes of the layer's input; what the choice of layers holds of their inputs. Or what is done
+    `first`."""
+    data = context.data["calibration"]
+    tokens = _tokens(context)
+    layer = _layer_parameters(before)
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     # with windows held out every reader has a second Gram matrix
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2) * (1 if options.held_out is None else 2)
@@ -299,6 +317,7 @@ def _memory(sizes: Sizes, options: PruneOptions, context: PlanContext, before: H
     merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
     depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
     alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary, merging, depth)
+    alive = max(alive, first.memory)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
 

@@ -25,7 +25,7 @@ from compress.device import device_of
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
-from compress.steps.prune import scores
+from compress.steps.prune import gradients, scores
 from compress.steps.prune.depth import Depth, find_depth, settled
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
@@ -35,7 +35,8 @@ from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.prune.weights import TokenWeights, held_share
 from compress.steps.types import Job, Outcome
-from compress.stream import Statistic
+from compress.stream import GRADIENTS, Statistic
+from compress.stream.backward import Found
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
@@ -132,8 +133,9 @@ class _Pruner:
         ]
         self.names = tuple(layers[0].shapes)
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
-        ranks = self.criterion.needs if plan.measured is None else frozenset()
-        self.wanted = ranks | refits if any(self.groups) else frozenset()
+        self.needs = self.criterion.needs if plan.measured is None else frozenset()
+        self.wanted = (self.needs - GRADIENTS) | refits if any(self.groups) else frozenset()
+        self.gradients: Found = []  # of the layers to come
         self.chosen: list[dict[str, Chosen]] = []
         heads = layers[0].sizes.kv_heads
         self.kv = kv_heads(layers[0].sizes, self.names)
@@ -151,7 +153,7 @@ class _Pruner:
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
         """All layers, and what lies outside them; returns the probe's logits [B, L, vocab]."""
         hidden, probe = self._begin(ids, probe_ids)
-        layers = range(self.before.layers) if self.depth is None else self.depth.kept
+        layers = self._layers()
         with self.job.progress.task("pruning layers", len(layers)) as task:
             for index, source in enumerate(layers):
                 if source >= len(self.chosen):
@@ -164,6 +166,10 @@ class _Pruner:
             if name not in done:
                 self.packer.take(self.reader, name, hold=False)
         return self.probe.head_logits(self.probe.norm(probe))
+
+    def _layers(self) -> Sequence[int]:
+        """The layers of the source that stay."""
+        return range(self.before.layers) if self.depth is None else self.depth.kept
 
     def _finish(
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor | None, probe: torch.Tensor
@@ -184,21 +190,33 @@ class _Pruner:
         first layer that is not done: those an earlier run has left, else the embeddings."""
         state = None if self.job.ledger is None else self.job.ledger.load()
         if state is None or "errors" not in state.facts or not self.writer.kept:
-            looks = self.wanted or (self.merger is not None and self.merger.looks)
-            return (self.before.embed(ids) if looks else None), self.probe.embed(probe_ids)
+            return self._first(ids, probe_ids)
         facts, tensors = state.facts, state.tensors
+        self.gradients = gradients.restored(tensors, self.before.layers)
         self.chosen, self.merged = scores.restored(tensors, facts["errors"]), facts["merged"]
         self.writer.resume(facts["written"])
         self.packer.restore(facts["packed"])
-        self.job.progress.note(f"going on after {len(self.chosen)} layers, where an earlier run ended")
+        done = f"{len(self.chosen)} layers" if self.chosen else "the backward pass"
+        self.job.progress.note(f"going on after {done}, where an earlier run ended")
         return tensors.get("hidden"), tensors["probe"]
+
+    def _first(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What `_begin` gives a run that starts, after the backward pass of the criterion, if it needs one."""
+        place = {source: index for index, source in enumerate(self._layers())}
+        groups = [self.groups[place[source]] if source in place else [] for source in range(self.before.layers)]
+        self.gradients = gradients.gathered(self.job, self.options, self.before, ids, groups, self.needs)
+        looks = self.wanted or (self.merger is not None and self.merger.looks)
+        hidden, probe = (self.before.embed(ids) if looks else None), self.probe.embed(probe_ids)
+        if any(self.gradients):
+            self._save(hidden, probe)
+        return hidden, probe
 
     def _save(self, hidden: torch.Tensor | None, probe: torch.Tensor) -> None:
         """Leave a state for a later run, if it is time."""
         if self.job.ledger is None or not self.job.ledger.due():
             return
         self.writer.sync()
-        tensors = {**scores.tensors(self.chosen), "probe": probe}
+        tensors = {**scores.tensors(self.chosen), **gradients.tensors(self.gradients), "probe": probe}
         if hidden is not None:
             tensors["hidden"] = hidden
         written = sorted(self.writer.written)
@@ -217,6 +235,8 @@ class _Pruner:
         for group in groups:
             what = f"layer {index} {group.name}"
             statistics = found.pop(group.name, {})
+            for kind, value in self.gradients[index].pop(group.name, {}).items():
+                statistics[kind] = value.to(self.streamed.device)
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
             ranking = self._ranking(index, group, seen)

@@ -15,12 +15,16 @@ def weight_notes(options: PruneOptions, data: DataSpec, complain: Complain) -> l
     shares = options.token_shares
     if shares is None and options.token_weights == "none":
         return []
-    ranks = frozenset() if options.from_sensitivity is not None else CRITERIA[options.criterion].needs - GRADIENTS
+    given = options.from_sensitivity is not None
+    needs = frozenset() if given else CRITERIA[options.criterion].needs
+    ranks = needs - GRADIENTS
     if not (options.refit or ranks):
         key = "token_weights" if shares is None else "token_shares"
         complain(key, f"weighs nothing: {options.criterion} without refit gathers no statistics of the tokens")
         return []
     notes = ["tokens weigh 1 / mean square of the residual stream"] if options.token_weights == "norm" else []
+    if given or needs & GRADIENTS:
+        notes.append("token weights count in the refit alone: the ranking is made without them")
     if shares is None:
         return notes
     try:
