@@ -184,6 +184,8 @@ def _asked(model: str, data: DataSpec, options: SensitivityOptions, seed: int, p
     lines = check_shapes(source.folder, family, header)
     if is_quantized(header):
         lines = [f"{source.name}: the model is quantized; measure the one it was made from"]
+    if CRITERIA[options.criterion].needs & WHOLE:
+        lines.append(f"--criterion: {options.criterion} holds the whole model in memory; the analysis streams it")
     hint = None
     try:
         check(data, "calibration", source.folder, progress)

@@ -213,7 +213,8 @@ class PruneKeywords(StepKeywords, total=False):
     vLLM alone).
     """
     criterion: str
-    """How units are ranked: wanda, obs, flap, activation, taylor, fisher, magnitude, random."""
+    """How units are ranked: wanda, obs, flap, activation, taylor, fisher, tp-magnitude, tp-taylor, magnitude, random.
+    """
     from_sensitivity: str | None
     """Folder of the sensitivity command, of this very model: units are ranked as there, and only what the refit needs
     is gathered again.

@@ -76,6 +76,7 @@ HEAVY = {
     "compress.steps.prune.run",
     "compress.steps.prune.scores",
     "compress.steps.prune.surgery",
+    "compress.steps.prune.whole",
     "compress.steps.quantize.run",
     "compress.stream.arranged",
     "compress.stream.backward",
