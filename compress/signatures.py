@@ -188,6 +188,10 @@ class PruneKeywords(StepKeywords, total=False):
     """Decoder layers to keep, exactly; ratio and the targets count what goes with the others."""
     keep_kv_heads: int | None
     """KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped."""
+    kv_cache_bytes: float | str | None
+    """Bytes that the keys and values of a token may take in the cache, in the checkpoint's dtype, as in 12KiB: as many
+    KV heads stay as fit.
+    """
     kv_merge: str
     """What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best common head) or drop
     (the least costly go, with their query heads).

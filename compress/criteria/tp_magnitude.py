@@ -1,5 +1,5 @@
 """Torch-Pruning's GroupMagnitudeImportance (Fang et al. 2023, DepGraph): its own code, on the group that its own graph
-finds (steps/prune/whole.py).
+finds (steps/prune/coupled.py).
 
 With its defaults: the mean over the coupled matrices of the sum of squares, over the mean of all units. So it ranks as
 `magnitude` does, but for biases, which it leaves out.

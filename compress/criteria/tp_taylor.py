@@ -1,5 +1,5 @@
 """Torch-Pruning's GroupTaylorImportance (Fang et al. 2023, DepGraph): its own code, on the group that its own graph
-finds (steps/prune/whole.py), with the gradients of the windows' summed mean losses.
+finds (steps/prune/coupled.py), with the gradients of the windows' summed mean losses.
 
 With its defaults: the mean over the coupled matrices of the sum of |w dL/dw|, over the mean of all units. So it ranks
 as `taylor` does, but for biases, which it leaves out.

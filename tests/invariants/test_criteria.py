@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint.ledger import Ledger
 from compress.criteria import CRITERIA
 from compress.data import DataSpec, windows
-from compress.steps.prune import whole
+from compress.steps.prune import coupled
 from compress.stream import GRADIENTS, WHOLE, Statistic, backward, forward
 from compress.stream.statistics import KINDS
 from tests import brute, tiny
@@ -195,7 +195,7 @@ def test_resumed_it_ends_with_the_same_bytes(
         patched.setattr(Ledger, "save", save)
         assert main(*line, "-o", str(tmp_path / "out"), "-q")[0] == 130
     monkeypatch.setattr(backward, "_backward", None)  # which is not made again, nor is the graph
-    monkeypatch.setattr(whole, "_graph", None)
+    monkeypatch.setattr(coupled, "_graph", None)
     code, _, said = main(*line, "-o", str(tmp_path / "out"))
     assert code == 0 and f"going on after {where}, where" in said, said
     for name in ("model.safetensors", "receipt.json", "sensitivity/1-prune/importance.safetensors"):

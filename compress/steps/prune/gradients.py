@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from compress.arch import Group
+from compress.steps.prune.coupled import scored
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.whole import scored
 from compress.steps.types import Job
 from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found, gradients

@@ -180,6 +180,11 @@ class PruneOptions(StepOptions):
         None,
         description="KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped.",
     )
+    kv_cache_bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "12KiB or 20480")] = Field(
+        None,
+        description="Bytes that the keys and values of a token may take in the cache, in the checkpoint's dtype, as in "
+        "12KiB: as many KV heads stay as fit.",
+    )
     kv_merge: Annotated[str, *one_of("way to merge KV heads", KV_MERGES)] = Field(
         "aligned",
         description="What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best "

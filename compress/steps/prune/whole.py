@@ -1,120 +1,119 @@
-"""Criteria that look at the whole stock model in memory: Torch-Pruning's, on the groups that its own graph finds.
+"""How many decoder layers and KV heads stay, or one clear line why not. From headers, torch-free.
 
-The model is loaded in float32 and traced, every group is scored, and it is let go before layers stream. What the graph
-couples must be what the family's description cuts: anything else ends the run before a layer is pruned.
+Which layers and heads go, or what becomes of merged heads, is found when the step runs (depth.py, kv.py).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
+from compress.arch import Family, Sizes
+from compress.arch.kv import KV_HEADS, kv_heads
+from compress.checkpoint.headers import DTYPE_BYTES, Header
+from compress.checkpoint.per_layer import anchored
+from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.widths import Layer
+from compress.steps.types import Complain
 
-from compress.arch import Family, Group
-from compress.checkpoint.stock import load_stock
-from compress.errors import UserError
-from compress.machine import Progress, return_freed_memory
-from compress.steps.types import Job
-from compress.stream import WHOLE, Statistic
-from compress.stream.backward import Found
-from compress.stream.stock import quiet
-
-TRACED = 16  # tokens of the input with which the graph is traced
+MERGED = {
+    "mean": "those in a row are averaged",
+    "aligned": "those in a row become the one that best stands for them",
+    "drop": "the least costly go, with the query heads that read them",
+}
 
 
-def scored(job: Job, ids: torch.Tensor, groups: Sequence[Sequence[Group]], needs: frozenset[Statistic]) -> Found:
-    """What of `needs` takes the whole model, for every layer and group: [units], float32 in the machine's memory.
+@dataclass(frozen=True)
+class Left:
+    """`layers`: as many as stay; they are the first ones, and stand for any. `kv`: how many KV heads stay, where some
+    go; they are a group of the layers then."""
 
-    `ids` [N, L]: windows, all of which give gradients where they are asked for. Raises UserError where Torch-Pruning
-    couples other weights than the family's groups do.
-    """
-    found: Found = [{} for _ in groups]
-    for kind in sorted(needs & WHOLE):
-        importance = import_module(f"compress.criteria.{kind}").importance()
-        with quiet():
-            model = load_stock(job.source, torch.float32)
-            model.set_attn_implementation("eager")  # its graph fails under sdpa
-        if kind == "tp_taylor":
-            _backward(model, [_prefix(job.family, index) for index, own in enumerate(groups) if own], ids, job.progress)
-        graph = _graph(model, ids[:1, :TRACED])
-        for index, own in enumerate(groups):
-            for group in own:
-                score = _score(model, graph, job.family, index, group, importance)
-                found[index].setdefault(group.name, {})[kind] = score
-        del model, graph
-        return_freed_memory()
-    return found
+    layers: tuple[Layer, ...]
+    kv: Mapping[str, int]
+    notes: tuple[str, ...]
 
 
-def _backward(model: nn.Module, prefixes: Sequence[str], ids: torch.Tensor, progress: Progress) -> None:
-    """Gradients of the layers' weights: of the windows' mean losses, summed, one window at a time."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(prefixes)))
-    with progress.task("gradients", len(ids)) as task:
-        for window in ids.split(1):
-            with torch.enable_grad():
-                logits = model(input_ids=window, use_cache=False).logits[0, :-1]
-                nn.functional.cross_entropy(logits, window[0, 1:]).backward()
-            task.advance()
+def layers_left(
+    before: Header, family: Family, layers: tuple[Layer, ...], options: PruneOptions, complain: Complain
+) -> Left | None:
+    """What stays of all `layers` and their KV heads; None after a complaint."""
+    keep = len(layers) if options.keep_layers is None else options.keep_layers
+    if keep > len(layers):
+        complain("keep_layers", f"{keep} layers cannot stay: the model has {len(layers)}")
+        return None
+    if keep < (first := anchored(before.config)):
+        complain("keep_layers", f"{keep} layers cannot stay: images enter the first {first}, which do not go")
+        return None
+    one = layers[0]
+    found = _kv_heads(before, replace(one.sizes, layers=keep), len(layers), options, complain)
+    if found is None:
+        return None
+    heads, note = found
+    fewer = heads < one.sizes.kv_heads
+    for key, less in (("keep_layers", keep < len(layers)), (_kv_key(options), fewer)):
+        if less and (options.protect or options.pin or len(set(map(id, layers))) > 1):
+            complain(key, "not where layers differ in width, by 'protect', 'pin' or in the model as it is")
+            return None
+    if keep < len(layers) and (other := _another_dtype(before, family)):
+        complain("keep_layers", other)
+        return None
+    notes = [note] if note else []
+    if keep < len(layers):
+        how = f"which ones is found in a forward pass of its own over the calibration ({options.layer_criterion})"
+        notes.append(f"{keep} of {len(layers)} decoder layers stay; {how}")
+    if fewer:
+        notes.append(f"{heads} of {one.sizes.kv_heads} KV heads stay in every layer: {MERGED[options.kv_merge]}")
+        one = replace(one, groups={**one.groups, KV_HEADS: kv_heads(one.sizes, one.shapes)})
+        layers = (one,) * len(layers)
+    return Left(layers[:keep], {KV_HEADS: heads} if fewer else {}, tuple(notes))
 
 
-def _graph(model: Any, ids: torch.Tensor) -> Any:
-    """Torch-Pruning's dependency graph of the model."""
-    import torch_pruning
-
-    for config in (model.config, model.config.get_text_config()):
-        config.use_cache = False  # a cache among the outputs cannot be traced
-    model.requires_grad_(True)  # it follows what autograd recorded
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unwrapped parameters")  # norms, of sizes that stay
-        return torch_pruning.DependencyGraph().build_dependency(
-            model, example_inputs={"input_ids": ids}, output_transform=lambda output: output.logits
-        )
+def _kv_key(options: PruneOptions) -> str:
+    return "keep_kv_heads" if options.kv_cache_bytes is None else "kv_cache_bytes"
 
 
-def _score(
-    model: nn.Module, graph: Any, family: Family, layer: int, group: Group, importance: Callable[[Any], torch.Tensor]
-) -> torch.Tensor:
-    """The mean importance of every unit's columns [units], once the graph couples to them what the family cuts."""
-    import torch_pruning
+def _kv_heads(
+    before: Header, sizes: Sizes, deep: int, options: PruneOptions, refuse: Complain
+) -> tuple[int, str] | None:
+    """How many KV heads stay, and how that was found; None after a complaint. `sizes`: of the layers that stay, `deep`:
+    how many there were."""
+    keep, limit = options.keep_kv_heads, options.kv_cache_bytes
+    drop = options.kv_merge == "drop"
+    counts = [n for n in range(1, sizes.kv_heads + 1) if drop or sizes.kv_heads % n == 0]
+    if limit is None:
+        if keep is None or keep in counts:
+            return keep or sizes.kv_heads, ""
+        why = f"; {options.kv_merge} joins as many into each" if keep < sizes.kv_heads else ""
+        fewer = ", ".join(map(str, counts[:-1])) or "none"
+        refuse("keep_kv_heads", f"{keep} of {sizes.kv_heads} KV heads cannot stay{why}; fewer that can: {fewer}")
+        return None
+    if keep is not None:
+        refuse("kv_cache_bytes", "'kv_cache_bytes' and 'keep_kv_heads' exclude each other: each sets the KV heads")
+        return None
 
-    reader = model.get_submodule(_prefix(family, layer) + group.reader)
-    columns = list(range(group.units * group.width))
-    coupled = graph.get_pruning_group(reader, torch_pruning.prune_linear_in_channels, idxs=columns)
-    names = {module: name for name, module in model.named_modules()}
-    seen = set(_roots(coupled, names))
-    expected = {
-        (_prefix(family, layer) + cut.tensor.rpartition(".")[0], cut.axis, cut.offset + column, column)
-        for cut in group.cuts
-        if cut.tensor.endswith(".weight")
-        for column in columns
-    }
-    if seen != expected:
-        raise UserError(
-            f"layer {layer} {group.name}: Torch-Pruning couples other weights than a {family.name} has in this group: "
-            "another criterion is needed"
-        )
-    found = importance(coupled)
-    return found.detach().view(group.units, group.width).mean(1).float().cpu()
+    def cache(count: int) -> int:
+        return replace(sizes, kv_heads=count).kv_cache(DTYPE_BYTES[before.dtype])
+
+    def told(count: int) -> str:
+        return f"{count} KV head{'s' if count > 1 else ''}: {cache(count):,} bytes a token"
+
+    fits = [count for count in counts if cache(count) <= limit]
+    if not fits:
+        refuse("kv_cache_bytes", f"{limit:,} cannot be reached: the smallest is {told(counts[0])}")
+        return None
+    if fits == counts and sizes.layers == deep:
+        refuse("kv_cache_bytes", f"{limit:,} removes nothing: the model stays within it as it is ({told(counts[-1])})")
+        return None
+    more = f"; the next is {told(counts[len(fits)])}" if len(fits) < len(counts) else ""
+    return fits[-1], f"kv_cache_bytes {limit:,}: {told(fits[-1])}, the most that fit{more}"
 
 
-def _prefix(family: Family, layer: int) -> str:
-    """The path of a decoder layer in the stock model, with the dot."""
-    return f"{family.text}.layers.{layer}."
-
-
-def _roots(coupled: Any, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, int, int, int]]:
-    """(Linear, axis, row or column of it, column of the reader that it goes with), of all that counts: what has no
-    place of its own for every column (k and v, which heads share) does not."""
-    import torch_pruning
-
-    axes = {torch_pruning.prune_linear_out_channels: 0, torch_pruning.prune_linear_in_channels: 1}
-    for position, (dependency, places) in enumerate(coupled):
-        module, roots = dependency.target.module, coupled[position].root_idxs
-        if isinstance(module, nn.Linear) and None not in roots:
-            axis = axes[dependency.handler]
-            yield from ((names[module], axis, place, root) for place, root in zip(places, roots, strict=True))
+def _another_dtype(before: Header, family: Family) -> str | None:
+    """Why not any layer can take the place of any other: two are stored in different dtypes."""
+    first, inside = family.prefix(0), f"{family.root}.layers."
+    for name, spec in before.tensors.items():
+        if name.startswith(inside):
+            like = before.tensors.get(first + name.removeprefix(inside).partition(".")[2])
+            if like is not None and like.dtype != spec.dtype:
+                return f"tensor '{name}' is {spec.dtype}, that of layer 0 is {like.dtype}"
+    return None
