@@ -12,11 +12,15 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from compress.arch import FLAVOURS
 from compress.criteria import CRITERIA
+from compress.data import PADDING, TOKEN_KINDS
 from compress.limits import DAMPINGS
 from compress.steps.types import StepOptions, one_of
 
+ALLOCATIONS = (UNIFORM, PER_LAYER) = ("uniform", "per-layer")
 NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+SHARED = tuple(name for name in TOKEN_KINDS if name != TOKEN_KINDS[PADDING])  # kinds of tokens that can have a share
+TOKEN_WEIGHTS = ("none", "norm")
 SIZES = {"": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "I")}
 
 
@@ -79,6 +83,33 @@ def _widths(found: Any) -> Any:
     return dict(given)
 
 
+def _token_shares(found: Any) -> Any:
+    """A map, or text with commas between: kinds of tokens and their shares of the weight."""
+    if found is None:
+        return None
+    pairs: list[Any] = list(found.items()) if isinstance(found, Mapping) else []
+    if isinstance(found, str):
+        pairs = [[side.strip() for side in each.split("=")] for each in found.split(",")]
+    wrong = ValueError(f"found {found!r}, allowed: a map of kinds to shares, or text such as prompt=0.4,answer=0.6")
+    if not pairs or not all(len(pair) == 2 for pair in pairs):
+        raise wrong
+    shares: dict[str, float] = {}
+    for name, share in pairs:
+        if name not in SHARED:
+            raise ValueError(f"unknown kind of token '{name}', allowed: {', '.join(SHARED)}")
+        if name in shares:
+            raise ValueError(f"{name} stands twice")
+        try:
+            shares[name] = float(share)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if isinstance(share, bool) or not 0 <= shares[name] < math.inf:
+            raise ValueError(f"the share of {name} is {share!r}, allowed: a number, 0 or above")
+    if not any(shares.values()):
+        raise ValueError(f"found {found!r}, where nothing has a share")
+    return shares
+
+
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 Patterns = Annotated[
     tuple[str, ...] | None,
@@ -92,6 +123,23 @@ Widths = Annotated[
         {
             "anyOf": [
                 {"type": "object", "additionalProperties": {"type": "integer", "exclusiveMinimum": 0}},
+                _TEXT,
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+TokenShares = Annotated[
+    dict[str, float] | None,
+    BeforeValidator(_token_shares),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {name: {"type": "number", "minimum": 0} for name in SHARED},
+                    "additionalProperties": False,
+                },
                 _TEXT,
                 {"type": "null"},
             ]
@@ -132,6 +180,11 @@ class PruneOptions(StepOptions):
         None,
         description="KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped.",
     )
+    kv_cache_bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "12KiB or 20480")] = Field(
+        None,
+        description="Bytes that the keys and values of a token may take in the cache, in the checkpoint's dtype, as in "
+        "12KiB: as many KV heads stay as fit.",
+    )
     kv_merge: Annotated[str, *one_of("way to merge KV heads", KV_MERGES)] = Field(
         "aligned",
         description="What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best "
@@ -149,6 +202,11 @@ class PruneOptions(StepOptions):
     )
     bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "17.9GB or 11GiB")] = Field(
         None, description="Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."
+    )
+    allocation: Annotated[str, *one_of("allocation", ALLOCATIONS)] = Field(
+        UNIFORM,
+        description="Widths alike in all layers (uniform), or by layer (per-layer: needs from_sensitivity, and who "
+        "loads the result trust_remote_code).",
     )
     protect: Patterns = Field(
         None,
@@ -174,7 +232,7 @@ class PruneOptions(StepOptions):
         "the refit needs is gathered again.",
     )
     gradient_samples: Count = Field(
-        16, description="Calibration windows, at most, that the backward pass of taylor and fisher sees."
+        16, description="Calibration windows, at most, that the backward pass of taylor, fisher and tp-taylor sees."
     )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
@@ -184,6 +242,16 @@ class PruneOptions(StepOptions):
         None,
         description="Share of the calibration windows that are kept back to choose the damping of each refit on, from "
         f"{DAMPINGS[0]} to {DAMPINGS[-1]}; the refit itself then sees all of them.",
+    )
+    token_weights: Annotated[str, *one_of("token weights", TOKEN_WEIGHTS)] = Field(
+        "none",
+        description="What calibration tokens weigh in all statistics: none (all the same) or norm (1 / mean square of "
+        "the residual stream that goes into the layer).",
+    )
+    token_shares: TokenShares = Field(
+        None,
+        description=f"Share of the weight of all tokens that each kind of token has ({', '.join(SHARED)}), as in "
+        "prompt=0.4,answer=0.6; every kind that occurs must be named.",
     )
     force: bool = Field(
         False, description="Prune even with fewer calibration tokens than a refitted matrix has columns."

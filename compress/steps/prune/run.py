@@ -33,9 +33,11 @@ from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
+from compress.steps.prune.weights import TokenWeights, held_share
 from compress.steps.types import Job, Outcome
-from compress.stream import GRADIENTS, Statistic
+from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found
+from compress.stream.fed import Fed
 from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
 
@@ -44,8 +46,10 @@ PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 def run(job: Job) -> Outcome:
     """Prune `job.source` into `job.target`, in the format of `job.pack` if a quantize step is done with it."""
-    tokens = windows(job.data["calibration"], "calibration", job.source, job.seed, progress=job.progress)
+    asked = cast(PruneOptions, job.plan.options).token_shares is not None
+    tokens = windows(job.data["calibration"], "calibration", job.source, job.seed, kinds=asked, progress=job.progress)
     job.progress.note(tokens.note)
+    weights = TokenWeights(cast(PruneOptions, job.plan.options), tokens.kinds)
     ids = torch.from_numpy(tokens.ids)
     before, tensors = job.plan.before, (job.pack or job.plan).after.tensors.values()
     with (
@@ -57,7 +61,7 @@ def run(job: Job) -> Outcome:
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
         options = cast(PruneOptions, plan.options)
-        pruner = _Pruner(job, plan, options, depth, reader, streamed, writer)
+        pruner = _Pruner(job, plan, options, depth, weights, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         logits = pruner.run(ids, probe_ids)
@@ -100,12 +104,13 @@ class _Pruner:
         plan: PrunePlan,
         options: PruneOptions,
         depth: Depth | None,
+        weights: TokenWeights,
         reader: Reader,
         streamed: Reader,
         writer: Writer,
     ) -> None:
         self.job, self.plan, self.options, self.depth = job, plan, options, depth
-        self.reader, self.streamed, self.writer = reader, streamed, writer
+        self.weights, self.reader, self.streamed, self.writer = weights, reader, streamed, writer
         self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
@@ -129,7 +134,7 @@ class _Pruner:
         self.names = tuple(layers[0].shapes)
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
         self.needs = self.criterion.needs if plan.measured is None else frozenset()
-        self.wanted = (self.needs - GRADIENTS) | refits if any(self.groups) else frozenset()
+        self.wanted = (self.needs - GRADIENTS - WHOLE) | refits if any(self.groups) else frozenset()
         self.gradients: Found = []  # of the layers to come
         self.chosen: list[dict[str, Chosen]] = []
         heads = layers[0].sizes.kv_heads
@@ -191,7 +196,7 @@ class _Pruner:
         self.chosen, self.merged = scores.restored(tensors, facts["errors"]), facts["merged"]
         self.writer.resume(facts["written"])
         self.packer.restore(facts["packed"])
-        done = f"{len(self.chosen)} layers" if self.chosen else "the backward pass"
+        done = f"{len(self.chosen)} layers" if self.chosen else "what the criterion takes of the dense model"
         self.job.progress.note(f"going on after {done}, where an earlier run ended")
         return tensors.get("hidden"), tensors["probe"]
 
@@ -224,11 +229,12 @@ class _Pruner:
         heads; returns its tensors, by their names inside it."""
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         tensors, masked = original, dict(original)  # masked: in the source's shapes, what was removed is zero
+        fed = None if hidden is None else Fed(hidden, self.weights.of(hidden))
         picked: dict[str, Chosen] = {}
         for group in self.groups[place]:
             what = f"layer {index} {group.name}"
             # one group after the other: the FFN's statistics come from the attention that its layer will have
-            statistics, held = self._statistics(index, group, masked, hidden)
+            statistics, held = self._statistics(index, group, masked, fed) if fed and self.wanted else ({}, None)
             for kind, value in self.gradients[index].pop(group.name, {}).items():
                 statistics[kind] = value.to(self.streamed.device)
             hessian = statistics.get("gram")
@@ -257,7 +263,7 @@ class _Pruner:
         self.chosen.append(picked)
         if self.merger is not None:
             stay = picked["heads"].keep if "heads" in picked else None
-            tensors, errors = self.merger.merge((index, place), original, tensors, stay, hidden, self.orders[place])
+            tensors, errors = self.merger.merge((index, place), original, tensors, stay, fed, self.orders[place])
             self.merged |= {} if errors is None else {str(index): errors}
         return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
 
@@ -276,20 +282,20 @@ class _Pruner:
         return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
 
     def _statistics(
-        self, index: int, group: Group, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor | None
+        self, index: int, group: Group, tensors: Mapping[str, torch.Tensor], fed: Fed
     ) -> tuple[dict[Statistic, torch.Tensor], HeldOut | None]:
         """What is wanted of the inputs of the group's reader; and the Gram matrix of the held-out windows, the last."""
-        if hidden is None or not self.wanted:
-            return {}, None
-        gathered = Gathered(self.wanted, group.units, group.width, self.streamed.device)
-        back = round((self.options.held_out or 0) * len(hidden)) if self.options.refit else 0
-        kept_back = Gathered({"gram"}, group.units, group.width, self.streamed.device) if back else None
-        with self.before.layer_from(index, tensors) as layer, gathering(layer, {group.reader: gathered}):
-            self.before.advance(layer, hidden[: len(hidden) - back], keep=False)
+        device = self.streamed.device
+        gathered = Gathered(self.wanted, group.units, group.width, device)
+        back = round((self.options.held_out or 0) * len(fed)) if self.options.refit else 0
+        first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
+        kept_back = Gathered({"gram"}, group.units, group.width, device) if back else None
+        with self.before.layer_from(index, tensors) as layer, gathering(layer, {group.reader: gathered}, fed.weights):
+            self.before.advance(layer, first.hidden, keep=False)
             if kept_back is not None:
-                with gathering(layer, {group.reader: kept_back}):
-                    self.before.advance(layer, hidden[-back:], keep=False)
-        held = None if kept_back is None else HeldOut(kept_back.results()["gram"], back / len(hidden))
+                with gathering(layer, {group.reader: kept_back}, last.weights):
+                    self.before.advance(layer, last.hidden, keep=False)
+        held = None if kept_back is None else HeldOut(kept_back.results()["gram"], held_share(fed, back))
         return gathered.results(), held
 
 
