@@ -221,13 +221,14 @@ class PruneKeywords(StepKeywords, total=False):
     vLLM alone).
     """
     criterion: str
-    """How units are ranked: wanda, obs, flap, activation, taylor, fisher, magnitude, random."""
+    """How units are ranked: wanda, obs, flap, activation, taylor, fisher, tp-magnitude, tp-taylor, magnitude, random.
+    """
     from_sensitivity: str | None
     """Folder of the sensitivity command, of this very model: units are ranked as there, and only what the refit needs
     is gathered again.
     """
     gradient_samples: int
-    """Calibration windows, at most, that the backward pass of taylor and fisher sees."""
+    """Calibration windows, at most, that the backward pass of taylor, fisher and tp-taylor sees."""
     refit: bool
     """Refit the reading matrix by least squares from the original weights."""
     damping: float

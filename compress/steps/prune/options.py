@@ -232,7 +232,7 @@ class PruneOptions(StepOptions):
         "the refit needs is gathered again.",
     )
     gradient_samples: Count = Field(
-        16, description="Calibration windows, at most, that the backward pass of taylor and fisher sees."
+        16, description="Calibration windows, at most, that the backward pass of taylor, fisher and tp-taylor sees."
     )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(

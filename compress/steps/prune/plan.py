@@ -101,7 +101,13 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         return None
     share = decoder.removed(keep) / decoder.matrix_parameters
     parameters, nbytes = measure(keep)
-    first = ahead(options, before, family, _layer_parameters(before), context, complain)
+    losing = {
+        name
+        for layer, each in zip(layers, keep, strict=False)
+        for name, group in layer.groups.items()
+        if each[name] < group.units
+    }
+    first = ahead(options, before, family, _layer_parameters(before), losing, context, complain)
     loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
         kind="prune",
