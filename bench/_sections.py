@@ -60,7 +60,8 @@ One shot, no training, uniform widths. Judged by `bench/judge.py` (stock transfo
 64 windows of the WikiText-2 test split and of a text of another kind that nothing is calibrated on. Share of the
 decoder layers' attention + FFN parameters that goes: from the FFN alone, or with one query head of every KV head's
 group. Perplexity times dense; several seeds of the calibration: their mean, and in brackets the least and the most.
-One seed: behind it, in percent, the standard error over the judged windows. All methods cut to the same widths.
+One seed: behind it, where it was taken, the standard error over the judged windows in percent. All methods cut to the
+same widths.
 Wanda-sp and Minitron's importance are our own criteria without the refit; FLAP with its biases and LLM-Pruner's score
 are re-implemented; Torch-Pruning is its own code, FFN only. FLAP's biases on o_proj and down_proj have no slot in stock
 Llama: its model lives in memory only.
@@ -169,7 +170,8 @@ def _ratios(found: list[Row]) -> str:
 def _ratio(text: str, found: list[Row]) -> str:
     values = [row["ratio"][text] for row in found]
     if len(values) == 1:
-        return f"{values[0]:.3f} ±{found[0]['error'][text]:.1%}"
+        error = f" ±{found[0]['error'][text]:.1%}" if "error" in found[0] else ""
+        return f"{values[0]:.3f}{error}"
     return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f}; {len(values)} seeds)"
 
 

@@ -192,6 +192,13 @@ def _asked(model: str, data: DataSpec, options: SensitivityOptions, seed: int, p
     except UserError as problem:
         lines.append(f"--data: {problem.message}")
         hint = problem.hint
+    widest = max(max(each.ffn, each.heads * each.head_dim) for each in family.layers(header)) if not lines else 0
+    if data.samples is not None and data.samples * data.length < widest and not options.force:
+        lines.append(
+            f"{data.samples * data.length} calibration tokens for a Gram matrix of {widest} columns: under 1 a column "
+            "it is singular"
+        )
+        hint = "give more --samples (4 tokens a column or more), or --force"
     if lines:
         raise UserError(lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems:", *lines]), hint)
     return _Asked(source, header, family, data, options, seed)

@@ -111,7 +111,7 @@ def run(
 
 @_shown("prune")
 def prune(model: str | Path, out: str | Path, *, data: Data | None = None, **keywords: Unpack[PruneKeywords]) -> Result:
-    """Remove query heads and FFN neurons into a new checkpoint `out`, and refit what reads them.
+    """Remove query heads, FFN neurons and decoder layers into a new checkpoint `out`, and refit what reads them.
 
     `data` is the calibration text, 64 windows of 512 tokens by default: a source (a file, a folder, "builtin", "self",
     "hub:NAME:SPLIT") or a mapping with the keys source, samples, length. Keywords that are no option, and the errors,

@@ -58,7 +58,7 @@ def model_card(receipt: dict[str, Any], source: Path) -> str:
     for step in receipt["steps"]:
         options = ", ".join(f"{k} {v}" for k, v in step["options"].items() if v is not None)
         lines.append(f"| {step['step']} | {options} | {step['parameters']:,} | {step['bytes']:,} |")
-    lines += ["", *_quality(receipt), *_how(receipt, source)]
+    lines += ["", *_depth(receipt), *_quality(receipt), *_how(receipt, source)]
     return "\n".join(lines) + "\n"
 
 
@@ -102,6 +102,17 @@ def _dequantized(base: str) -> list[str]:
         "here is against those weights, not against the original model's."
     )
     return [told, ""]
+
+
+def _depth(receipt: Mapping[str, Any]) -> list[str]:
+    """Which decoder layers went, and why those."""
+    told = [
+        f"{step['step']} removed the decoder layers {', '.join(map(str, step['layers']['gone']))} of its input's "
+        f"{step['layers']['layers']}, counted from 0, by {step['layers']['criterion']} ({step['layers']['paper']})."
+        for step in receipt["steps"]
+        if "layers" in step
+    ]
+    return [*told, ""] if told else []
 
 
 def _quality(receipt: dict[str, Any]) -> list[str]:

@@ -119,8 +119,8 @@ def _stock_load(folder: Path, family: Family, after: Header, ids: torch.Tensor, 
     # both in the stored dtype: where activations are rounded (INT8), float32 would be another function
     dtype = TORCH_DTYPES[after.dtype]
     total = family.sizes(after).layers
-    config = family.shallow(after, layers) if layers < total else after.config
     with Reader(folder) as reader:
+        config = family.shallow(reader.header, range(layers)) if layers < total else reader.header.config
         streamed = open_stream(reader, dtype, config).logits(ids)
     divergence = _divergence(_stock_logits(folder, config, ids, dtype), streamed)
     if not divergence <= (1e-6 if dtype == torch.float32 else LOAD_KL):

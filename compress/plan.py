@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from compress.arch import Family, family_of
 from compress.checkpoint import per_layer
-from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.headers import DTYPE_BYTES, Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.per_layer import one_or_each
 from compress.checkpoint.source import Source, locate
@@ -47,6 +47,11 @@ class Plan:
     memory: int | None
     disk: int | None
 
+    @property
+    def kv_cache(self) -> tuple[int, int]:
+        """Bytes that keys and values take a token, before the first step and after the last."""
+        return _kv_cache(self.before), _kv_cache(self.steps[-1].after)
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         found: dict[str, Any] = {
@@ -70,6 +75,8 @@ class Plan:
             "options": step.options.model_dump(mode="json", exclude_none=True),
             "ffn": [one_or_each([sizes.ffn for sizes in layers]) for layers in (before, after)],
             "heads": [one_or_each([sizes.heads for sizes in layers]) for layers in (before, after)],
+            "layers": [len(before), len(after)],
+            "kv_cache_bytes": [_kv_cache(step.before), _kv_cache(step.after)],
             "parameters": step.parameters,
             "bytes": step.nbytes,
             "notes": list(step.notes),
@@ -280,6 +287,11 @@ def _notes(recipe: Recipe) -> tuple[str, ...]:
             said = f"evaluation and {part} read the same text ({', '.join(same)})"
             notes.append(f"{said}: the result is judged on what it was made with")
     return tuple(notes)
+
+
+def _kv_cache(header: Header) -> int:
+    """Bytes that a checkpoint's keys and values take a token, in the dtype that it is stored in."""
+    return family_of(header).sizes(header).kv_cache(DTYPE_BYTES[header.dtype])
 
 
 def check_shapes(folder: Path, family: Family, header: Header) -> list[str]:

@@ -76,11 +76,10 @@ class Screen(AbstractContextManager["Screen"]):
         if made.teacher is not None and made.teacher != made.source:
             self._pair("teacher", made.teacher.name)
         self._table(columns[:width], [row[:width] for row in rows], left=2)
-        for note in () if self._quiet else made.notes:
+        told = [*made.notes, *(f"{step.kind}: {note}" for step in made.steps for note in step.notes)]
+        for note in () if self._quiet else told:
             plain(self._out, f"  {note}")
-        for step in made.steps:
-            for note in () if self._quiet else step.notes:
-                plain(self._out, f"  {step.kind}: {note}")
+        plain(self._out, f"KV cache: {' -> '.join(f'{each:,}' for each in made.kv_cache)} bytes a token")
         if made.memory is not None and made.disk is not None:
             plain(self._out, f"needs about {size(made.memory)} of memory and {size(made.disk)} of disk")
 
@@ -201,8 +200,9 @@ def how_to_load(folder: Path) -> str:
 def changes(step: StepPlan) -> str:
     """`FFN 1536 -> 1256, heads 9 -> 6`, or the options given when no shape changes."""
     sides = [family_of(header).layers(header) for header in (step.before, step.after)]
-    pairs = {"FFN": [[s.ffn for s in side] for side in sides], "heads": [[s.heads for s in side] for side in sides]}
-    shapes = [f"{name} {span(old)} -> {span(new)}" for name, (old, new) in pairs.items() if old != new]
+    keys = {"FFN": "ffn", "heads": "heads", "KV heads": "kv_heads", "layers": "layers"}
+    pairs = {name: [[getattr(s, key) for s in side] for side in sides] for name, key in keys.items()}
+    shapes = [f"{name} {span(old)} -> {span(new)}" for name, (old, new) in pairs.items() if span(old) != span(new)]
     options = [f"{key} {value}" for key, value in step.options.model_dump(exclude_defaults=True).items()]
     return ", ".join(shapes or options) or "same shapes"
 

@@ -160,6 +160,7 @@ def _step(plan: Plan, name: str, step: StepPlan) -> dict[str, Any]:
     return {
         "step": name,
         "options": step.options.model_dump(mode="json"),
+        "made_with": dict(step.made_with),
         "data": None if spec is None else data_key(spec),
         "teacher": _folder(plan.teacher.folder) if learns and plan.teacher else None,
     }

@@ -226,7 +226,8 @@ class _Run:
     def _carry_out(self, unit: Unit, source: Path, target: Path) -> dict[str, Any]:
         """The unit's work and its self-check; its parts of receipt.json and measured.json, one a step."""
         name, step = unit.steps[0]
-        step = replace(step, before=read_header(source))  # as planned, now with the places of its bytes
+        before = read_header(source)  # as planned, now with the places of its bytes, and what an earlier step found
+        step = replace(step, before=before, after=family_of(step.after).with_lists(step.after, before.config))
         self.progress.note(f"{unit.name}: {' and '.join(step.kind for _, step in unit.steps)}")
         ledger = Ledger(self.work.folder / f"{unit.name}.state", lambda: unit.key, self.place.checkpoint_every)
         written = Ledger(self.work.folder / f"{unit.name}.written", lambda: unit.key)

@@ -115,6 +115,7 @@ class SensitivityKeywords(TypedDict, total=False):
     criterion: str
     damping: float
     gradient_samples: int
+    force: bool
     pictures: bool
 
 
@@ -183,6 +184,18 @@ class PruneKeywords(StepKeywords, total=False):
     """FFN neurons to keep in every layer, exactly."""
     keep_heads: int | None
     """Query heads to keep in every layer, exactly."""
+    keep_layers: int | None
+    """Decoder layers to keep, exactly; ratio and the targets count what goes with the others."""
+    keep_kv_heads: int | None
+    """KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped."""
+    kv_merge: str
+    """What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best common head) or drop
+    (the least costly go, with their query heads).
+    """
+    layer_criterion: str
+    """Which layers go: angular (the block whose input and output differ least in angle) or influence (those that change
+    the angle of their input least).
+    """
     params: float | str | None
     """Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or keep_heads leave."""
     bytes: float | str | None
@@ -200,7 +213,13 @@ class PruneKeywords(StepKeywords, total=False):
     vLLM alone).
     """
     criterion: str
-    """How units are ranked: wanda, obs, flap, activation, magnitude, random."""
+    """How units are ranked: wanda, obs, flap, activation, taylor, fisher, magnitude, random."""
+    from_sensitivity: str | None
+    """Folder of the sensitivity command, of this very model: units are ranked as there, and only what the refit needs
+    is gathered again.
+    """
+    gradient_samples: int
+    """Calibration windows, at most, that the backward pass of taylor and fisher sees."""
     refit: bool
     """Refit the reading matrix by least squares from the original weights."""
     damping: float

@@ -76,6 +76,27 @@ def refit(
     return Refit(solved.to(torch.float32).contiguous(), _error(solved, inner, product[:, keep], energy), before)
 
 
+def refit_to(
+    weight: torch.Tensor, hessian: torch.Tensor, product: torch.Tensor, energy: float, ridge: torch.Tensor, what: str
+) -> Refit:
+    """Least-squares refit to outputs Y that other inputs once gave, near `weight`.
+
+    V = (C + W L) (H + L)^-1 with H = X^T X / T, C = Y^T X / T and L = diag(ridge): the minimum over V of
+    ||V X - Y||^2 / T + ||(V - W) L^(1/2)||^2.  weight [d, n], hessian [n, n], product C [d, n], energy E|y|^2; the
+    errors of the result are relative to it.
+    """
+    dtype = working_dtype(len(hessian))
+    inner = hessian.to(dtype)
+    before = _error(weight.to(dtype), inner, product, energy)
+    system = inner.clone()
+    system.diagonal().add_(ridge.to(dtype))
+    lower = factor(system, what)
+    del system
+    right = product.to(dtype) + weight.to(dtype) * ridge.to(dtype)
+    solved = torch.cholesky_solve(right.T, lower).T
+    return Refit(solved.to(torch.float32).contiguous(), _error(solved, inner, product, energy), before)
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The Gram matrix H_v [n, n] of the windows kept back, and their share of the tokens that H is made of."""

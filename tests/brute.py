@@ -1,14 +1,21 @@
-"""Statistics of a Linear's inputs as they are defined, in float64 over all tokens at once: judge of the streamed."""
+"""Statistics as they are defined, judges of the streamed ones: of a Linear's inputs in float64 over all tokens at once;
+of gradients by autograd on the whole stock model."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from compress.arch import family_of
+from compress.checkpoint.headers import read_header
 from compress.stream import Statistic
+from tests.stock import load
+
+Gradients = list[dict[str, dict[Statistic, torch.Tensor]]]  # a map of groups a layer
 
 
 def statistics(inputs: torch.Tensor, width: int) -> dict[Statistic, torch.Tensor]:
@@ -24,3 +31,60 @@ def statistics(inputs: torch.Tensor, width: int) -> dict[Statistic, torch.Tensor
         "activity": np.sqrt(np.mean(per_window**2, axis=1)),
     }
     return {kind: torch.from_numpy(value).float() for kind, value in found.items()}
+
+
+def gradients(folder: Path, ids: torch.Tensor) -> tuple[Gradients, dict[tuple[int, str], torch.Tensor]]:
+    """The same by the definitions, window by window, with the whole stock model; and every E[g g^T]."""
+    stock, header = load(folder), read_header(folder)
+    family, sizes = family_of(header), family_of(header).sizes(header)
+    groups = family.groups(sizes, header.text_config)
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    layers = [stock.get_submodule(f"{family.text}.layers.{index}") for index in range(sizes.layers)]
+    weights = {
+        (i, cut.tensor): layers[i].get_parameter(cut.tensor)
+        for i in range(len(layers))
+        for g in groups
+        for cut in g.cuts
+    }
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    masks = {(i, g.name): torch.ones(g.units, requires_grad=True) for i in range(len(layers)) for g in groups}
+    outs: dict[tuple[int, str], torch.Tensor] = {}
+    for i, layer in enumerate(layers):
+        for g in groups:
+            reader = layer.get_submodule(g.reader)
+            reader.register_forward_pre_hook(
+                lambda m, a, k=(i, g.name), w=g.width: (a[0] * masks[k].repeat_interleave(w),)
+            )
+            reader.register_forward_hook(lambda m, a, o, k=(i, g.name): outs.update({k: o}))
+    slopes = {key: torch.zeros_like(value) for key, value in weights.items()}
+    fisher = {key: torch.zeros_like(value) for key, value in masks.items()}
+    matrices: dict[tuple[int, str], torch.Tensor] = {}
+    for window in ids.split(1):
+        logits = stock(input_ids=window, use_cache=False).logits[0, :-1].float()
+        summed = torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum")
+        keys, leaves = [*weights, *masks, *outs], [*weights.values(), *masks.values(), *outs.values()]
+        got = torch.autograd.grad(summed, leaves)
+        for key, slope in zip(keys[: len(weights)], got, strict=False):
+            slopes[key] += slope / tokens
+        for key, slope in zip(masks, got[len(weights) :], strict=False):
+            fisher[key] += (slope / (ids.shape[1] - 1)).square() / len(ids)
+        for key, slope in zip(outs, got[len(weights) + len(masks) :], strict=True):
+            matrices[key] = matrices.get(key, 0) + slope[0].T @ slope[0] / tokens
+    expected: Gradients = []
+    for i in range(len(layers)):
+        expected.append({})
+        for g in groups:
+            taylor = torch.zeros(g.units)
+            for unit in range(g.units):
+                for cut in g.cuts:
+                    mine = slice(cut.offset + unit * cut.width, cut.offset + (unit + 1) * cut.width)
+                    product = (weights[i, cut.tensor].detach() * slopes[i, cut.tensor]).abs()
+                    taylor[unit] += (product[mine] if cut.axis == 0 else product[:, mine]).sum()
+            seen: dict[Statistic, torch.Tensor] = {
+                "taylor": taylor,
+                "fisher": fisher[i, g.name],
+                "output_fisher": matrices[i, g.name].diagonal(),
+            }
+            expected[i][g.name] = seen
+    return expected, matrices

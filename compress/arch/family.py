@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,10 @@ class Sizes:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    def kv_cache(self, width: int) -> int:
+        """Bytes that the keys and values of one token take in all layers, at `width` bytes a number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width
 
 
 @dataclass(frozen=True)
@@ -272,12 +276,23 @@ class Family:
         """The tensor that the output matrix is read from: the embedding when the two are tied."""
         return self.embedding if self.sizes(header).tied else f"{self.head}.weight"
 
-    def shallow(self, header: Header, layers: int) -> dict[str, Any]:
-        """The raw config with the first `layers` decoder layers only, and what it says of each layer cut to them."""
+    def shallow(self, header: Header, layers: Sequence[int]) -> dict[str, Any]:
+        """The raw config with the decoder layers `layers` only, ascending, and of its lists with one entry a layer
+        those entries."""
         deep, text = self.sizes(header).layers, header.text_config
-        each = {key: said[:layers] for key, said in text.items() if isinstance(said, list) and len(said) == deep}
+        each = {key: [said[index] for index in layers] for key, said in per_layer.lists(text, deep).items()}
         own = per_layer.shallow(text, layers)
-        return self.with_units(header.config, {"num_hidden_layers": layers, **each, **own})
+        return self.with_units(header.config, {"num_hidden_layers": len(layers), **each, **own})
+
+    def with_lists(self, header: Header, found: Mapping[str, Any]) -> Header:
+        """`header`, planned, with the lists of one entry a layer that the raw config `found` of as many layers has.
+
+        Which layers go is found when a step runs; until then the lists of the plans behind it are of the right length
+        only.
+        """
+        deep, text = self.sizes(header).layers, per_layer.text_of(found)
+        lists = per_layer.lists(text, deep) if text.get("num_hidden_layers") == deep else {}
+        return replace(header, config=self.with_units(header.config, lists)) if lists else header
 
     def with_units(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the raw config with text sizes changed (`{"intermediate_size": 1128}`)."""

@@ -17,6 +17,7 @@ KEY = "per_layer_config"
 ALLOW = "allow_global_per_layer_attribute_access"  # stock code reads the global sizes while it builds a model
 FFN, HEADS = "intermediate_size", "num_attention_heads"
 KEYS = (FFN, HEADS)  # the keys of a config that may differ by layer
+NO_LAYERS = ("_token_id", "_ids", "_tokens", "architectures")  # lists that may be as long as a model is deep
 FILE = "modeling_per_layer.py"
 PREFIX = "PerLayer"
 NOTE = "needs trust_remote_code=True, because layers differ in width"
@@ -110,11 +111,30 @@ def with_layers(text: Mapping[str, Any], layers: Sequence[Mapping[str, int]]) ->
     return {**new, KEY: said, ALLOW: True} if said else new
 
 
-def shallow(text: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """What `per_layer_config` says of the first `layers` layers, as a change of the decoder's config."""
+def lists(text: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
+    """What the decoder's config says of each layer by its place (`layer_types`, `no_rope_layers`): its lists of that
+    length."""
+    return {
+        key: said
+        for key, said in text.items()
+        if isinstance(said, list) and len(said) == layers and not key.endswith(NO_LAYERS)
+    }
+
+
+def anchored(config: Mapping[str, Any]) -> int:
+    """How many of the first layers must stay where they are, from the raw config.json: a qwen3_vl adds to the output of
+    each of them what the vision tower gives at one of its `deepstack_visual_indexes`."""
+    vision = config.get("vision_config")
+    said = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
+    return len(said) if isinstance(said, list) else 0
+
+
+def shallow(text: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """What `per_layer_config` says of the layers `layers`, counted anew, as a change of the decoder's config."""
     if not isinstance(text.get(KEY), Mapping):
         return {}
-    return {KEY: {name: own for name, own in text[KEY].items() if int(name) < layers}}
+    said = text[KEY]
+    return {KEY: {str(new): said[str(old)] for new, old in enumerate(layers) if str(old) in said}}
 
 
 def stock_name(name: str) -> str:

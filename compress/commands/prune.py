@@ -19,5 +19,5 @@ def prune(
     machine: MachineFlags,
     show: ScreenFlags,
 ) -> None:
-    """Remove query heads and FFN neurons, and refit what reads them."""
+    """Remove query heads, FFN neurons and decoder layers, and refit what reads them."""
     run_one("prune", model, options, output, data, place, machine, show)

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.errors import UserError
-from compress.stream import Statistic
+from compress.stream import GRADIENTS, Statistic
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,8 @@ class GroupView:
     """What a criterion may look at for one group of one layer.
 
     reader [d, units*width]: the matrix whose input columns the units own. owned: every weight slice a unit owns, each
-    [units, ...] flattened. statistics: of the reader's inputs, all that the criterion needs (stream/statistics.py).
+    [units, ...] flattened. statistics: all that the criterion needs, of the reader's inputs (stream/statistics.py) and
+    of the dense model's gradients (stream/backward.py).
     seed: what a criterion that draws begins with: the recipe's seed, the layer and the group, and nothing that a
     resumed run or another number of threads would change.
     """
@@ -77,6 +78,16 @@ CRITERIA: dict[str, Criterion] = {
             "Muralidharan et al. 2024, Compact Language Models via Pruning and Knowledge Distillation (Minitron), "
             "arXiv:2407.14679",
         ),
+        Criterion(
+            "taylor",
+            frozenset({"taylor"}),
+            "Ma et al. 2023, LLM-Pruner: On the Structural Pruning of Large Language Models, arXiv:2305.11627",
+        ),
+        Criterion(
+            "fisher",
+            frozenset({"fisher"}),
+            "Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, arXiv:2204.09656",
+        ),
         Criterion("magnitude", frozenset(), "Han et al. 2015; group L2 norm as in Fang et al. 2023, DepGraph"),
         Criterion(
             "random",
@@ -93,10 +104,8 @@ def ranking_of(criterion: Criterion, view: GroupView, damping: float) -> Ranking
 
     ranking = criterion.load()(view, damping)
     if not bool(torch.isfinite(ranking.cost).all()):
-        raise UserError(
-            f"{view.name}: costs by {criterion.name} are NaN or infinite: "
-            f"{'activations' if criterion.needs else 'weights'} overflow"
-        )
+        what = "gradients" if criterion.needs & GRADIENTS else "activations" if criterion.needs else "weights"
+        raise UserError(f"{view.name}: costs by {criterion.name} are NaN or infinite: {what} overflow")
     return ranking
 
 

@@ -49,7 +49,8 @@ class Sensitivity:
     `about` is sensitivity.json, or a prune step's importance.json. `cost`, `order`, `keep` map (layer, group) to
     arrays: the cost of each unit [units], in the criterion's own measure; the units in the order of the ranking
     [units]; the units that stayed [kept], ascending: empty for an analysis. Groups that a prune step did not cut are
-    not scored. `measured`: the predicted losses of an analysis; None for a prune step.
+    not scored, nor those of a layer that went as a whole. `measured`: the predicted losses of an analysis; None for a
+    prune step.
     """
 
     step: str
@@ -91,7 +92,7 @@ class Sensitivity:
         """
         _, balance = self._size(group)
         columns: list[list[npt.NDArray[Any]]] = []
-        for layer in range(self.layer_count):
+        for layer in self._scored(group):
             cost = self.cost[layer, group]
             unit = np.arange(len(cost))
             rank = np.empty_like(unit)
@@ -116,7 +117,9 @@ class Sensitivity:
         names: tuple[str, ...] = ("influence", "angular_distance", "energy", "loss_without")
         if not self.measured:
             names = ("kept", "removed", "removed_cost", "error", "error_without_refit")
-        rows = [self._row(layer, group) for layer in range(self.layer_count) for group in self.groups]
+        rows = [
+            self._row(layer, group) for layer, entry in enumerate(self.about["layers"]) for group in entry["groups"]
+        ]
         return optional("pandas").DataFrame(rows, columns=("layer", "group", "units", *names))
 
     def _row(self, layer: int, group: str) -> dict[str, Any]:
@@ -174,7 +177,7 @@ class Sensitivity:
         """
         _, balance = self._size(group)
         columns: list[list[npt.NDArray[Any]]] = []
-        for layer in range(self.layer_count):
+        for layer in self._scored(group):
             cost = self.cost[layer, group]
             order = removal_order(self.order[layer, group], balance[layer])
             gone = np.arange(len(cost) + 1)
@@ -246,9 +249,13 @@ class Sensitivity:
         found: dict[str, tuple[Counts, Counts]] = {}
         for name, size in self.about["groups"].items():
             units, balance = (each(size[key], self.layer_count) for key in ("units", "balance"))
-            if (0, name) in self.cost and units and balance:
+            if self._scored(name) and units and balance:
                 found[name] = units, balance
         return found
+
+    def _scored(self, group: str) -> list[int]:
+        """The layers whose units were ranked: all, but for those that went as a whole."""
+        return [layer for layer in range(self.layer_count) if (layer, group) in self.cost]
 
     def _size(self, group: str) -> tuple[Counts, Counts]:
         sizes = self._sizes()

@@ -46,7 +46,8 @@ def heads(found: Sensitivity) -> Figure:
     prune step it is the head's share of its layer's summed cost, and a cross is a head that went."""
     frame = found.units("heads")
     value = "loss" if found.measured else "cost"
-    cells = frame.pivot(index="unit", columns="layer", values=value).to_numpy()  # [heads, layers]
+    table = frame.pivot(index="unit", columns="layer", values=value)
+    cells = table.reindex(columns=range(found.layer_count)).to_numpy()  # [heads, layers]; one that went has no numbers
     if not found.measured:
         totals = np.nansum(cells, 0, keepdims=True)
         cells = np.divide(cells, totals, out=np.zeros_like(cells), where=totals > 0)

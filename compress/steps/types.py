@@ -62,7 +62,8 @@ class StepPlan:
 
     `parameters` counts the model's parameters after the step (quantized or not); `nbytes` all shard files written;
     `memory` the estimated peak above interpreter and libraries; `scratch` the disk that its saved states take while it
-    runs; `notes` are decisions with their reasons.
+    runs; `notes` are decisions with their reasons. `made_with`: digests of other folders that the step's bytes depend
+    on, by the option that names them.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class StepPlan:
     memory: int
     scratch: int = 0
     notes: tuple[str, ...] = ()
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ class Stream:
         linear: LinearLoader = plain_linear,
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        self._made_from = reader, config
         stock, self._orders = stock_view(family, config or reader.header.config)
         self.reader = Arranged(reader, family.inside, self._orders) if self._orders else reader
         self.family, self.dtype, self._linear, self.device = family, dtype, linear, reader.device
@@ -90,6 +91,13 @@ class Stream:
             self._fill(part)
         self._check_tie()
         self._rehearse()
+
+    def in_float32(self) -> Stream:
+        """The same model, run in float32."""
+        if self.dtype == torch.float32:
+            return self
+        reader, config = self._made_from
+        return Stream(reader, self.family, dtype=torch.float32, linear=self._linear, config=config)
 
     def _initialize(self, module: nn.Module) -> None:
         made: Any = self.model

@@ -41,6 +41,29 @@ class Gram:
         return self._sum.div_(max(self._tokens, 1))
 
 
+class Cross:
+    """H = X^T X / T [n, n], C = Y^T X / T [d, n] and the mean of |y|^2, of the inputs X and the wanted outputs Y."""
+
+    def __init__(self, outputs: int, columns: int, device: str) -> None:
+        self._gram = Gram(columns, 1, device)
+        self._product = torch.zeros(outputs, columns, dtype=torch.float32, device=device)
+        self._energy = torch.zeros((), dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, inputs: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Add inputs [windows, L, n] and what is wanted for them [windows, L, d], both float32."""
+        flat, target = inputs.flatten(0, -2), wanted.flatten(0, -2)
+        self._gram.add(inputs)
+        self._product.addmm_(target.T, flat)
+        self._energy += target.square().sum(dtype=torch.float64)
+        self._tokens += len(flat)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """H, C, E|y|^2; call it once, when all is added."""
+        tokens = max(self._tokens, 1)
+        return self._gram.result(), self._product.div_(tokens), float(self._energy) / tokens
+
+
 class Square:
     """The mean square of every column [n]: the diagonal of H."""
 

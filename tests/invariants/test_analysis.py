@@ -147,7 +147,7 @@ def test_the_document_says_how_it_was_made(source: Path, found: Sensitivity) -> 
 def test_other_families_are_measured(family: str, tmp_path: Path) -> None:
     source = getattr(tiny, family)(tmp_path / "source")
     found = compress.measure_sensitivity(
-        source, tmp_path / "out", data={"samples": 2, "length": 32}, machine=ONE, pictures=False
+        source, tmp_path / "out", data={"samples": 4, "length": 32}, machine=ONE, pictures=False
     )
     assert found.groups == ("heads", "ffn") and found.layer_count == 2
     assert not (tmp_path / "out" / "pictures").exists()

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint.ledger import Ledger
 from compress.criteria import CRITERIA
 from compress.data import DataSpec, windows
-from compress.stream import forward
+from compress.stream import GRADIENTS, Statistic, backward, forward
 from compress.stream.statistics import KINDS
-from tests import tiny
+from tests import brute, tiny
 from tests.brute import statistics
 from tests.stock import load
 
@@ -75,6 +75,22 @@ def test_costs_are_those_of_the_stock_models_activations(
         torch.testing.assert_close(found[f"layers.0.{group}.cost"], expected[criterion], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("refit", ["--refit", "--no-refit"])
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_costs_are_those_of_the_dense_models_gradients(
+    criterion: Statistic, refit: str, model: Path, tmp_path: Path, main: Main
+) -> None:
+    """Of every layer, though those before it were cut by then, and on the first windows alone."""
+    found = prune(main, model, tmp_path / "out", criterion, refit, "--gradient-samples", "3")
+    tokens = windows(DataSpec(source="builtin", samples=5, length=64), "calibration", model, 0)
+    expected = brute.gradients(model, torch.from_numpy(tokens.ids)[:3])[0]
+    assert len(expected) == 3
+    for index, layer in enumerate(expected):
+        for group, kinds in layer.items():
+            value, floor = kinds[criterion], 1e-4 * float(kinds[criterion].mean())
+            torch.testing.assert_close(found[f"layers.{index}.{group}.cost"], value, rtol=1e-4, atol=floor)
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_no_more_is_gathered_than_is_asked_for(
     criterion: str, model: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
@@ -90,9 +106,9 @@ def test_no_more_is_gathered_than_is_asked_for(
 
         monkeypatch.setitem(KINDS, kind, counted)
     prune(main, model, tmp_path / "out", criterion, "--no-refit")
-    assert made == CRITERIA[criterion].needs
+    assert made == CRITERIA[criterion].needs - GRADIENTS
     layers = load_receipt(tmp_path / "out")["steps"][0]["relative_output_error"]
-    known = {error is not None for layer in layers for errors in layer.values() for error in errors.values()}
+    known = {said["error"] is not None for layer in layers for said in layer.values()}
     assert known == {"gram" in made}  # the error takes a Gram matrix
 
 
@@ -112,9 +128,19 @@ def test_random_is_the_seeds_and_of_nothing_else(model: Path, tmp_path: Path, ma
     assert not any(torch.equal(other[key], value) for key, value in costs.items())
 
 
-@pytest.mark.parametrize("criterion", ["flap", "activation", "random"])
+# of those that need a backward pass, the first state is the one after it
+@pytest.mark.parametrize(
+    ("criterion", "stop", "where"),
+    [
+        ("flap", 2, "2 layers"),
+        ("activation", 2, "2 layers"),
+        ("random", 2, "2 layers"),
+        ("taylor", 1, "the backward pass"),
+        ("fisher", 3, "2 layers"),
+    ],
+)
 def test_resumed_it_ends_with_the_same_bytes(
-    criterion: str, model: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+    criterion: str, stop: int, where: str, model: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ["prune", str(model), "--criterion", criterion, *CUT, *TEXT, "--threads", "1", "--checkpoint-every", "0"]
     assert main(*line, "-o", str(tmp_path / "whole"), "-q")[0] == 0
@@ -124,14 +150,15 @@ def test_resumed_it_ends_with_the_same_bytes(
         nonlocal saves
         real(*arguments, **keywords)  # type: ignore[arg-type]
         saves += 1
-        if saves == 2:
+        if saves == stop:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "save", save)
         assert main(*line, "-o", str(tmp_path / "out"), "-q")[0] == 130
+    monkeypatch.setattr(backward, "_backward", None)  # which is not made again
     code, _, said = main(*line, "-o", str(tmp_path / "out"))
-    assert code == 0 and "going on after 2 layers" in said, said
+    assert code == 0 and f"going on after {where}, where" in said, said
     for name in ("model.safetensors", "receipt.json", "sensitivity/1-prune/importance.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

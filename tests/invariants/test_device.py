@@ -29,7 +29,9 @@ def on_gpu(*arguments: str, free: int = AMPLE, device: str = "cuda") -> tuple[in
     return ran.returncode, ran.stdout + "\n".join(said), int(last.split()[0])
 
 
-@pytest.mark.parametrize(("family", "criterion"), [("llama", "obs"), ("glm4v", "wanda"), ("llama", "activation")])
+@pytest.mark.parametrize(
+    ("family", "criterion"), [("llama", "obs"), ("glm4v", "wanda"), ("llama", "activation"), ("glm4v", "taylor")]
+)
 def test_prune(family: str, criterion: str, tmp_path: Path, main: Main) -> None:
     model = getattr(tiny, family)(tmp_path / "model")
     work = ["prune", str(model), *CUT, *TEXT, "--criterion", criterion, "-o"]

@@ -12,7 +12,7 @@ from compress.arch import FAMILIES, Group, family_of
 from compress.checkpoint.headers import read_header
 from compress.criteria import CRITERIA, GroupView, Ranking, ranking_by_score
 from compress.steps.prune.surgery import view
-from compress.stream import Statistic
+from compress.stream import GRADIENTS, Statistic
 from compress.stream.statistics import KINDS
 from tests import tiny
 from tests.brute import statistics
@@ -36,9 +36,12 @@ def inputs(units: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def problem(units: int, width: int, *, rows: int = 10, seed: int = 0) -> GroupView:
-    """A random group: reader [rows, units*width], all statistics of `inputs`, two owned slices a unit."""
+    """A random group: reader [rows, units*width], all statistics of `inputs`, random ones of gradients, two owned
+    slices a unit."""
     generator = torch.Generator().manual_seed(seed + 100)
     found = statistics(inputs(units, width, seed), width)
+    for kind in ("taylor", "fisher"):
+        found[kind] = torch.randn(units, generator=generator).exp()
     reader = torch.randn(rows, units * width, generator=generator)
     owned = (torch.randn(units, width * 7, generator=generator), reader.T.reshape(units, -1))
     return GroupView("layer 0 group", width, reader, owned, found, (seed, 0, 7))
@@ -56,7 +59,7 @@ def shuffled(seen: GroupView, order: torch.Tensor) -> GroupView:
         "gram": found["gram"][columns][:, columns],
         "square": found["square"][columns],
         "variance": found["variance"][columns],
-        "activity": found["activity"][order],
+        **{kind: found[kind][order] for kind in ("activity", "taylor", "fisher")},
     }
     owned = tuple(part[order].contiguous() for part in seen.owned)
     return replace(seen, reader=seen.reader[:, columns].contiguous(), owned=owned, statistics=moved)
@@ -106,7 +109,7 @@ def test_what_a_criterion_needs_is_all_that_it_takes(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CRITERIA for kind in sorted(CRITERIA[name].needs)])
 def test_what_a_criterion_needs_it_uses(name: str, kind: Statistic) -> None:
-    assert kind in KINDS
+    assert kind in KINDS or kind in GRADIENTS
     seen = problem(12, 2)
     plain = torch.eye(24) if kind == "gram" else torch.ones_like(seen.statistics[kind])
     other = replace(seen, statistics={**seen.statistics, kind: plain})
@@ -145,6 +148,14 @@ def test_activation_is_its_formula(shape: str) -> None:
     ranking = rank("activation", problem(units, width, seed=4))
     np.testing.assert_allclose(ranking.cost, expected, rtol=1e-4)
     assert ranking.order.tolist() == sorted(range(units), key=lambda unit: expected[unit])
+
+
+@pytest.mark.parametrize("name", ["taylor", "fisher"])
+def test_a_score_of_gradients_is_what_the_backward_pass_sums(name: Statistic) -> None:
+    seen = problem(40, 1, seed=6)
+    ranking = rank(name, seen)
+    assert torch.equal(ranking.cost, seen.statistics[name])
+    assert ranking.order.tolist() == sorted(range(40), key=lambda unit: float(seen.statistics[name][unit]))
 
 
 def test_random_draws_from_its_seed_alone() -> None:

@@ -158,7 +158,10 @@ def test_each_step_is_planned_on_what_the_one_before_leaves(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("", "steps.0.prune: nothing to prune: give ratio, ffn, heads, keep_ffn, keep_heads, params or bytes"),
+        (
+            "",
+            "steps.0.prune: nothing to prune: give one of ratio, ffn, heads, keep_ffn, keep_heads, ",
+        ),
         (
             "ratio: 0.2, keep_ffn: 8",
             "steps.0.prune.keep_ffn: 'keep_ffn' (what stays) and 'ratio' (share removed) exclude each other",

@@ -22,4 +22,5 @@ class SensitivityOptions(StepOptions):
     gradient_samples: Annotated[int, Field(gt=0)] = Field(
         16, description="Calibration windows of the backward pass, which weighs outputs by what the loss says of them."
     )
+    force: bool = Field(False, description="Measure even with fewer calibration tokens than a Gram matrix has columns.")
     pictures: bool = Field(True, description="Draw pictures (PNG and SVG), which needs the extra `notebook`.")

@@ -102,8 +102,17 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 
 
+LAYER_CRITERIA = {  # how decoder layers are chosen: name -> paper; compress/steps/prune/depth.py computes them
+    "angular": "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers, arXiv:2403.17887",
+    "influence": "Men et al. 2024, ShortGPT: Layers in LLMs are More Redundant Than You Expect, arXiv:2403.03853",
+}
+
+
+KV_MERGES = ("mean", "aligned", "drop")
+
+
 class PruneOptions(StepOptions):
-    """Remove query heads and FFN neurons; refit what reads them."""
+    """Remove query heads, FFN neurons and decoder layers; refit what reads the units."""
 
     ratio: Share | None = Field(
         None,
@@ -116,6 +125,23 @@ class PruneOptions(StepOptions):
     )
     keep_ffn: Count | None = Field(None, description="FFN neurons to keep in every layer, exactly.")
     keep_heads: Count | None = Field(None, description="Query heads to keep in every layer, exactly.")
+    keep_layers: Count | None = Field(
+        None, description="Decoder layers to keep, exactly; ratio and the targets count what goes with the others."
+    )
+    keep_kv_heads: Count | None = Field(
+        None,
+        description="KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped.",
+    )
+    kv_merge: Annotated[str, *one_of("way to merge KV heads", KV_MERGES)] = Field(
+        "aligned",
+        description="What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best "
+        "common head) or drop (the least costly go, with their query heads).",
+    )
+    layer_criterion: Annotated[str, *one_of("layer criterion", LAYER_CRITERIA)] = Field(
+        "angular",
+        description="Which layers go: angular (the block whose input and output differ least in angle) or influence "
+        "(those that change the angle of their input least).",
+    )
     params: Annotated[int | None, *_target(COUNTS, "[kKmMbBtT]?", "9B, 8.93B, 900M or 9.0e9")] = Field(
         None,
         description="Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or "
@@ -141,6 +167,14 @@ class PruneOptions(StepOptions):
     )
     criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
         "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
+    )
+    from_sensitivity: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Folder of the sensitivity command, of this very model: units are ranked as there, and only what "
+        "the refit needs is gathered again.",
+    )
+    gradient_samples: Count = Field(
+        16, description="Calibration windows, at most, that the backward pass of taylor and fisher sees."
     )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
+from compress.arch.kv import KV_HEADS, kv_heads
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
+from compress.checkpoint.per_layer import anchored
 from compress.criteria import CRITERIA
+from compress.curves import Curves
 from compress.data import expected_tokens
 from compress.formats import PLAIN, is_quantized
-from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
+from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.widths import Decoder, Keeps, Layer, own, resolve
+from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own, resolve
 from compress.steps.types import Complain, PlanContext, StepPlan
 
 _NARROW = "stock transformers was not shown to load such a checkpoint of it"
@@ -23,11 +30,26 @@ _NARROW = "stock transformers was not shown to load such a checkpoint of it"
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan(StepPlan):
-    """`keep`: units that stay, layer by layer, by group name. `removed`: share of the decoder layers' attention + FFN
-    matrix parameters that goes. The families of `before` and `after` may differ (Family.rewrites)."""
+    """`keep`: units that stay, by group name, layer by layer of those that stay. Which layers stay is found when the
+    step runs, and until then `after` stands for any of them: where some go, all are alike. `removed`: share of the
+    decoder layers' attention + FFN matrix parameters that goes. The families of `before` and `after` may differ
+    (Family.rewrites). `measured`: where the ranking comes from, when a sensitivity folder is named; `predicted_loss`:
+    what its curves say, nats a token."""
 
     keep: Keeps
     removed: float
+    measured: Curves | None = None
+    predicted_loss: float | None = None
+
+    @property
+    def criterion(self) -> str:
+        """By what the units are ranked: the option's, or that of the sensitivity folder."""
+        return cast(PruneOptions, self.options).criterion if self.measured is None else self.measured.criterion
+
+    @property
+    def layers(self) -> int:
+        """How many layers stay."""
+        return len(self.keep)
 
 
 def plan(before: Header, options: PruneOptions, context: PlanContext, complain: Complain) -> PrunePlan | None:
@@ -36,16 +58,26 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         complain("", "the model is already quantized; prune before quantizing")
         return None
     family = family_of(before)
-    layers = layers_of(before, family)
+    whole = layers_of(before, family)
+    found = _layers_left(before, family, whole, options, complain)
+    if found is None:
+        return None
+    layers, kv = found
 
     def measure(keep: Keeps) -> tuple[int, int]:
         cut = _cut(before, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
+    curves = None
+    if options.from_sensitivity is not None:
+        curves = measured(before, layers, options, complain)
+        if curves is None:
+            return None
     by_hand = fixed_by_hand(options, layers, complain)
     if by_hand is None:
         return None
-    decoder = Decoder(layers, measure, by_hand.units)
+    gone = sum(layer.matrix_parameters for layer in whole[len(layers) :])
+    decoder = Decoder(layers, measure, by_hand.units, kv, gone)
     resolved = resolve(options, decoder, complain)
     if resolved is None:
         return None
@@ -62,6 +94,8 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     share = decoder.removed(keep) / decoder.matrix_parameters
     sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
+    first = ahead(options, before, family, _layer_parameters(before), context, complain)
+    loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
         kind="prune",
         options=options,
@@ -69,19 +103,96 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, options, context, before),
-        scratch=2 * 4 * _tokens(context) * sizes.hidden,  # hidden states, and the next before the last ones go
+        memory=_memory(sizes, options, context, before, len(layers), first),
+        # hidden states, and the next before the last ones go
+        scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch),
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *by_hand.notes,
             *chosen,
+            *_whole_notes(options, whole, layers, kv),
             *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
+            *first.notes,
             *_refit_note(options, decoder, keep, context, complain),
+            *([] if curves is None or loss is None else _measured_notes(curves, loss)),
         ),
+        made_with={} if curves is None else {KEY: curves.digest},
         keep=keep,
         removed=share,
+        measured=curves,
+        predicted_loss=loss,
     )
+
+
+def _measured_notes(curves: Curves, loss: float) -> list[str]:
+    times = math.exp(min(loss, 700))
+    return [
+        f"units are ranked by {curves.criterion}, as {curves.folder} has them",
+        f"predicted rise of the loss: {loss:.4f} nats a token (perplexity {times:.4g} times the dense one)",
+    ]
+
+
+def _layers_left(
+    before: Header, family: Family, layers: tuple[Layer, ...], options: PruneOptions, complain: Complain
+) -> tuple[tuple[Layer, ...], dict[str, int]] | None:
+    """As many layers as stay, with KV heads as a group of theirs where fewer stay, and how many of those; None after a
+    complaint. The layers are the first ones, and stand for any."""
+    left = kv_heads_left(options, layers[0].sizes, complain)
+    keep = len(layers) if options.keep_layers is None else options.keep_layers
+    if keep > len(layers):
+        complain("keep_layers", f"{keep} layers cannot stay: the model has {len(layers)}")
+        return None
+    if keep < (first := anchored(before.config)):
+        complain("keep_layers", f"{keep} layers cannot stay: images enter the first {first}, which do not go")
+        return None
+    if left is None:
+        return None
+    fewer = left < layers[0].sizes.kv_heads
+    for key, less in (("keep_layers", keep < len(layers)), ("keep_kv_heads", fewer)):
+        if less and (options.protect or options.pin or len(set(map(id, layers))) > 1):
+            complain(key, "not where layers differ in width, by 'protect', 'pin' or in the model as it is")
+            return None
+    if keep < len(layers) and (other := _another_dtype(before, family)):
+        complain("keep_layers", other)
+        return None
+    if fewer:
+        one = layers[0]
+        one = replace(one, groups={**one.groups, KV_HEADS: kv_heads(one.sizes, one.shapes)})
+        layers = (one,) * len(layers)
+    return layers[:keep], {KV_HEADS: left} if fewer else {}
+
+
+def _another_dtype(before: Header, family: Family) -> str | None:
+    """Why not any layer can take the place of any other: two are stored in different dtypes."""
+    first, inside = family.prefix(0), f"{family.root}.layers."
+    for name, spec in before.tensors.items():
+        if name.startswith(inside):
+            like = before.tensors.get(first + name.removeprefix(inside).partition(".")[2])
+            if like is not None and like.dtype != spec.dtype:
+                return f"tensor '{name}' is {spec.dtype}, that of layer 0 is {like.dtype}"
+    return None
+
+
+def _whole_notes(
+    options: PruneOptions, whole: Sequence[Layer], layers: Sequence[Layer], kv: Mapping[str, int]
+) -> list[str]:
+    """What becomes of layers and KV heads, of which fewer stay."""
+    notes = []
+    if len(layers) < len(whole):
+        how = f"which ones is found in a forward pass of its own over the calibration ({options.layer_criterion})"
+        notes.append(f"{len(layers)} of {len(whole)} decoder layers stay; {how}")
+    for left in kv.values():
+        heads = whole[0].sizes.kv_heads
+        notes.append(f"{left} of {heads} KV heads stay in every layer: {MERGED[options.kv_merge]}")
+    return notes
+
+
+MERGED = {
+    "mean": "those in a row are averaged",
+    "aligned": "those in a row become the one that best stands for them",
+    "drop": "the least costly go, with the query heads that read them",
+}
 
 
 def cut_shape(shape: tuple[int, ...], name: str, group: Group, keep: int) -> tuple[int, ...]:
@@ -114,15 +225,16 @@ def _label(
     """The label under which every layer can be loaded, and why it is another one; None after a complaint."""
     found = SAME, ""
     seen = {
-        replace(layer.sizes, heads=each["heads"], ffn=each["ffn"]): layer.sizes.heads
+        replace(layer.sizes, heads=each["heads"], kv_heads=each.get(KV_HEADS, layer.sizes.kv_heads)): layer.sizes
         for layer, each in zip(layers, keep, strict=True)
     }
-    for sizes, heads in seen.items():
-        if sizes.heads == heads:
+    for sizes, whole in seen.items():
+        if (sizes.heads, sizes.kv_heads) == (whole.heads, whole.kv_heads):
             continue
         rewrite, why = family.label(before.config, sizes, options.flavour)
         if rewrite is None:
-            key = "heads" if options.heads is not None else "keep_heads"
+            given = [key for key in ("heads", "keep_heads", "keep_kv_heads") if getattr(options, key) is not None]
+            key = given[0] if given else "keep_heads"
             complain("flavour" if any(r.flavour for r in family.rewrites) else key, why)
             return None
         if rewrite is not SAME:
@@ -143,7 +255,9 @@ def _label_notes(before: Family, result: Header, why: str) -> list[str]:
 
 def _cut(before: Header, family: Family, layers: Sequence[Layer], keep: Keeps) -> Header:
     """The header with the kept units alone, under the label it has."""
-    tensors = dict(before.tensors)
+    sizes = family.sizes(before)
+    gone = tuple(family.prefix(index) for index in range(len(layers), sizes.layers))
+    tensors = {name: spec for name, spec in before.tensors.items() if not name.startswith(gone)}
     for index, (layer, each) in enumerate(zip(layers, keep, strict=True)):
         prefix = family.prefix(index)
         for group in layer.groups.values():
@@ -151,12 +265,14 @@ def _cut(before: Header, family: Family, layers: Sequence[Layer], keep: Keeps) -
                 spec = tensors[prefix + name]
                 shape = cut_shape(spec.shape, name, group, each[group.name])
                 tensors[prefix + name] = TensorSpec(spec.name, spec.dtype, shape)
-    sizes, changes = family.sizes(before), {}
-    if any(each["heads"] < layer.sizes.heads for layer, each in zip(layers, keep, strict=True)):
+    changes, kv = {}, keep[0].get(KV_HEADS, sizes.kv_heads)
+    fewer = any(each["heads"] < own(layer, "heads") for layer, each in zip(layers, keep, strict=True))
+    if fewer or kv < sizes.kv_heads:
         # without explicit keys, stock code would derive another head_dim and KV count from fewer heads
-        changes = {"num_key_value_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
-    text = per_layer.with_layers(before.text_config, _told_layers(before, sizes, keep, bool(changes)))
-    return before.planned(family.with_text(before.config, {**text, **changes}), tensors.values())
+        changes = {"num_key_value_heads": kv, "head_dim": sizes.head_dim}
+    config = family.shallow(before, range(len(layers))) if gone else before.config
+    text = per_layer.with_layers(per_layer.text_of(config), _told_layers(before, sizes, keep, bool(changes)))
+    return before.planned(family.with_text(config, {**text, **changes}), tensors.values())
 
 
 def _told_layers(before: Header, sizes: Sizes, keep: Keeps, fewer_heads: bool) -> list[dict[str, int]]:
@@ -168,20 +284,32 @@ def _told_layers(before: Header, sizes: Sizes, keep: Keeps, fewer_heads: bool) -
     return [{key: each[group] for key, group in keys.items()} for each in keep]
 
 
-def _memory(sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header) -> int:
-    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch."""
-    data = context.data["calibration"]
-    tokens = _tokens(context)
+def _layer_parameters(before: Header) -> int:
+    """Parameters of the largest layer."""
     family = family_of(before)
     prefix = family.prefix(family.widest(before))
-    layer = sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
+    return sum(s.parameters for s in before.tensors.values() if s.name.startswith(prefix))
+
+
+def _memory(
+    sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header, layers: int, first: Ahead
+) -> int:
+    """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; what
+    merging KV heads takes of the layer's input; what the choice of layers holds of their inputs. Or what is done
+    `first`."""
+    data = context.data["calibration"]
+    tokens = _tokens(context)
+    layer = _layer_parameters(before)
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     # with windows held out every reader has a second Gram matrix
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2) * (1 if options.held_out is None else 2)
     solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
-    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary)
+    merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
+    depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
+    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary, merging, depth)
+    alive = max(alive, first.memory)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
 
@@ -199,8 +327,11 @@ def _refit_note(
     refitted = [
         layer.sizes.ffn for layer, each in zip(decoder.layers, keep, strict=True) if each["ffn"] < own(layer, "ffn")
     ]
+    heads = any(each["heads"] < own(layer, "heads") for layer, each in zip(decoder.layers, keep, strict=True))
+    if not (refitted or heads or decoder.kv):
+        return []
     widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
-    if not options.refit and "gram" not in CRITERIA[options.criterion].needs:
+    if not options.refit and (options.from_sensitivity is not None or "gram" not in CRITERIA[options.criterion].needs):
         return []
     if (
         options.held_out is not None

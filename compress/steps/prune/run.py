@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
-from compress.arch import family_of
+from compress.arch import Group, family_of
+from compress.arch.kv import KV_HEADS, kv_heads
 from compress.arch.rope import arranged, row_orders
 from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.reader import Reader
@@ -24,13 +25,17 @@ from compress.device import device_of
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
-from compress.steps.prune import scores
+from compress.steps.prune import gradients, scores
+from compress.steps.prune.depth import Depth, find_depth, settled
+from compress.steps.prune.kv import Merger
+from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.types import Job, Outcome
-from compress.stream import Statistic
+from compress.stream import GRADIENTS, Statistic
+from compress.stream.backward import Found
 from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
 
@@ -39,36 +44,41 @@ PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 def run(job: Job) -> Outcome:
     """Prune `job.source` into `job.target`, in the format of `job.pack` if a quantize step is done with it."""
-    plan = cast(PrunePlan, job.plan)
-    options = cast(PruneOptions, plan.options)
     tokens = windows(job.data["calibration"], "calibration", job.source, job.seed, progress=job.progress)
     job.progress.note(tokens.note)
     ids = torch.from_numpy(tokens.ids)
-    after = plan.after if job.pack is None else job.pack.after
+    before, tensors = job.plan.before, (job.pack or job.plan).after.tensors.values()
     with (
-        Reader(job.source, plan.before) as reader,
-        Reader(job.source, plan.before, device_of(job.machine)) as streamed,
-        Writer(job.target, after.tensors.values(), job.shard_bytes, keep=job.ledger is not None) as writer,
+        Reader(job.source, before) as reader,
+        Reader(job.source, before, device_of(job.machine)) as streamed,
+        Writer(job.target, tensors, job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
-        pruner = _Pruner(job, plan, options, reader, streamed, writer)
+        depth = find_depth(job, streamed, ids)
+        job = settled(job, depth)
+        plan = cast(PrunePlan, job.plan)
+        options = cast(PruneOptions, plan.options)
+        pruner = _Pruner(job, plan, options, depth, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         logits = pruner.run(ids, probe_ids)
-        writer.config(after.config, job.source)
+        writer.config((job.pack or plan).after.config, job.source)
         writer.carry(job.source)
-        document = scores.document(job, plan, options, pruner.chosen, tokens.digest)
-        tensors = _saved(scores.tensors(pruner.chosen))
+        document = scores.document(job, plan, options, pruner.chosen, tokens.digest, depth)
+        importance = _saved(scores.tensors(pruner.chosen))
         folder = f"sensitivity/{job.name or job.target.name}"
-        writer.file(f"{folder}/importance.safetensors", tensors)
+        writer.file(f"{folder}/importance.safetensors", importance)
         writer.text(f"{folder}/importance.json", json.dumps(document, indent=1) + "\n")
     receipt = {
         "keep": {name: one_or_each([keep[name] for keep in plan.keep]) for name in plan.keep[0]},
+        **({} if depth is None else {"layers": depth.document()}),
         "removed": plan.removed,
         **_loading(plan),
+        **(receipt_of(plan.measured, plan.predicted_loss or 0.0) if plan.measured is not None else {}),
         "precision": pruner.why,
         "calibration": {**tokens.record, "tokens": int(ids.numel())},
-        "importance_sha256": hashlib.sha256(tensors).hexdigest(),
+        "importance_sha256": hashlib.sha256(importance).hexdigest(),
         "relative_output_error": scores.errors(pruner.chosen),
+        **({} if pruner.merger is None else {"kv_merge": {"method": options.kv_merge, "errors": pruner.merged}}),
     }
     packed: tuple[dict[str, Any], ...] = ()
     if job.pack is not None:
@@ -85,11 +95,18 @@ class _Pruner:
     """
 
     def __init__(
-        self, job: Job, plan: PrunePlan, options: PruneOptions, reader: Reader, streamed: Reader, writer: Writer
+        self,
+        job: Job,
+        plan: PrunePlan,
+        options: PruneOptions,
+        depth: Depth | None,
+        reader: Reader,
+        streamed: Reader,
+        writer: Writer,
     ) -> None:
-        self.job, self.plan, self.options = job, plan, options
+        self.job, self.plan, self.options, self.depth = job, plan, options, depth
         self.reader, self.streamed, self.writer = reader, streamed, writer
-        self.criterion = CRITERIA[options.criterion]
+        self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
         self.before = Stream(streamed, family, dtype=dtype)
@@ -107,80 +124,127 @@ class _Pruner:
         layers = layers_of(plan.before, family)
         self.groups = [
             [group for group in layer.groups.values() if keep[group.name] < group.units]
-            for layer, keep in zip(layers, plan.keep, strict=True)
+            for layer, keep in zip(layers, plan.keep, strict=False)  # where layers go, all are alike
         ]
         self.names = tuple(layers[0].shapes)
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
-        self.wanted = self.criterion.needs | refits if any(self.groups) else frozenset()
+        self.needs = self.criterion.needs if plan.measured is None else frozenset()
+        self.wanted = (self.needs - GRADIENTS) | refits if any(self.groups) else frozenset()
+        self.gradients: Found = []  # of the layers to come
         self.chosen: list[dict[str, Chosen]] = []
+        heads = layers[0].sizes.kv_heads
+        self.kv = kv_heads(layers[0].sizes, self.names)
+        self.kv_left = plan.keep[0].get(KV_HEADS, heads)
+        dropped = heads - self.kv_left if options.kv_merge == "drop" else 0
+        self.dropping = {"heads": dropped} if dropped else {}  # group -> balance blocks that go as a whole
+        self.merger = None if dropped or self.kv_left == heads else self._merger()
+        self.merged: dict[str, dict[str, float]] = {}  # the errors of merging, by layer of the source
+
+    def _merger(self) -> Merger:
+        damping = self.options.damping if self.options.refit else None
+        method = self.options.kv_merge
+        return Merger(self.job.family, self.plan.before, self.kv_left, method, damping, self.before, self.after)
 
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
         """All layers, and what lies outside them; returns the probe's logits [B, L, vocab]."""
         hidden, probe = self._begin(ids, probe_ids)
-        layers = self.before.layers
-        with self.job.progress.task("pruning layers", layers) as task:
-            task.advance(len(self.chosen))
-            for index in range(len(self.chosen), layers):
-                tensors = self._layer(index, hidden)
-                for name, value in tensors.items():
-                    self.packer.put(self.job.family.prefix(index) + name, value.cpu())
-                if hidden is not None and index + 1 < layers:
-                    with self.after.layer_from(index, tensors) as layer:
-                        self.after.advance(layer, hidden)
-                with self.probe.layer(index) as layer:
-                    self.probe.advance(layer, probe)
-                self.packer.release()
-                self._save(hidden, probe)
+        layers = self._layers()
+        with self.job.progress.task("pruning layers", len(layers)) as task:
+            for index, source in enumerate(layers):
+                if source >= len(self.chosen):
+                    self.chosen += [{} for _ in range(len(self.chosen), source)]  # layers that go
+                    self._finish(index, self._layer(source, index, hidden), hidden, probe)
                 task.advance()
-        done = {self.job.family.prefix(index) + name for index in range(layers) for name in self.names}
+        self.chosen += [{} for _ in range(len(self.chosen), self.before.layers)]
+        done = {self.job.family.prefix(index) + name for index in range(len(layers)) for name in self.names}
         for name in self.plan.after.tensors:
             if name not in done:
                 self.packer.take(self.reader, name, hold=False)
         return self.probe.head_logits(self.probe.norm(probe))
 
+    def _layers(self) -> Sequence[int]:
+        """The layers of the source that stay."""
+        return range(self.before.layers) if self.depth is None else self.depth.kept
+
+    def _finish(
+        self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor | None, probe: torch.Tensor
+    ) -> None:
+        """Write layer `index` of the result, and pass on through it what goes into the next one."""
+        for name, value in tensors.items():
+            self.packer.put(self.job.family.prefix(index) + name, value.cpu())
+        if hidden is not None and index + 1 < self.plan.layers:
+            with self.after.layer_from(index, tensors) as layer:
+                self.after.advance(layer, hidden)
+        with self.probe.layer(index) as layer:
+            self.probe.advance(layer, probe)
+        self.packer.release()
+        self._save(hidden, probe)
+
     def _begin(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Hidden states [N, L, hidden] of the calibration (None when nothing is gathered) and of the probe, before the
         first layer that is not done: those an earlier run has left, else the embeddings."""
         state = None if self.job.ledger is None else self.job.ledger.load()
-        if state is None or not self.writer.kept:
-            return (self.before.embed(ids) if self.wanted else None), self.probe.embed(probe_ids)
+        if state is None or "errors" not in state.facts or not self.writer.kept:
+            return self._first(ids, probe_ids)
         facts, tensors = state.facts, state.tensors
-        self.chosen = scores.restored(tensors, facts["errors"])
+        self.gradients = gradients.restored(tensors, self.before.layers)
+        self.chosen, self.merged = scores.restored(tensors, facts["errors"]), facts["merged"]
         self.writer.resume(facts["written"])
         self.packer.restore(facts["packed"])
-        self.job.progress.note(f"going on after {len(self.chosen)} layers, where an earlier run ended")
+        done = f"{len(self.chosen)} layers" if self.chosen else "the backward pass"
+        self.job.progress.note(f"going on after {done}, where an earlier run ended")
         return tensors.get("hidden"), tensors["probe"]
+
+    def _first(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What `_begin` gives a run that starts, after the backward pass of the criterion, if it needs one."""
+        place = {source: index for index, source in enumerate(self._layers())}
+        groups = [self.groups[place[source]] if source in place else [] for source in range(self.before.layers)]
+        self.gradients = gradients.gathered(self.job, self.options, self.before, ids, groups, self.needs)
+        looks = self.wanted or (self.merger is not None and self.merger.looks)
+        hidden, probe = (self.before.embed(ids) if looks else None), self.probe.embed(probe_ids)
+        if any(self.gradients):
+            self._save(hidden, probe)
+        return hidden, probe
 
     def _save(self, hidden: torch.Tensor | None, probe: torch.Tensor) -> None:
         """Leave a state for a later run, if it is time."""
         if self.job.ledger is None or not self.job.ledger.due():
             return
         self.writer.sync()
-        tensors = {**scores.tensors(self.chosen), "probe": probe}
+        tensors = {**scores.tensors(self.chosen), **gradients.tensors(self.gradients), "probe": probe}
         if hidden is not None:
             tensors["hidden"] = hidden
         written = sorted(self.writer.written)
         facts = {"errors": scores.errors(self.chosen), "written": written, "packed": self.packer.state()}
+        facts |= {"depth": None if self.depth is None else self.depth.document(), "merged": self.merged}
         self.job.ledger.save(facts, tensors)
 
-    def _layer(self, index: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Rank, choose, cut and refit every group of one layer; returns its tensors, by their names inside it."""
-        tensors = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
-        found, held = self._statistics(index, tensors, hidden) if hidden is not None else ({}, {})
+    def _layer(self, index: int, place: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Rank, choose, cut and refit every group of layer `index`, which becomes layer `place`, and merge its KV
+        heads; returns its tensors, by their names inside it."""
+        original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
+        tensors, groups = original, self.groups[place]
+        found, held = self._statistics(index, groups, tensors, hidden) if hidden is not None else ({}, {})
         picked: dict[str, Chosen] = {}
-        for group in self.groups[index]:
+        for group in groups:
             what = f"layer {index} {group.name}"
             statistics = found.pop(group.name, {})
+            for kind, value in self.gradients[index].pop(group.name, {}).items():
+                statistics[kind] = value.to(self.streamed.device)
             hessian = statistics.get("gram")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
-            ranking = ranking_of(self.criterion, seen, self.options.damping)
-            keep = select(ranking, group, self.plan.keep[index][group.name])
+            ranking = self._ranking(index, group, seen)
+            keep = select(ranking, group, self.plan.keep[place][group.name], self.dropping.get(group.name, 0))
+            if group.name in self.dropping:
+                tensors = cut(tensors, self.kv, torch.unique(keep // group.balance))
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
             tensors = cut(tensors, group, keep)
             error = before = None
             damping = held_out = None
-            if hessian is not None and self.options.refit:
+            if group.name == "heads" and self.merger is not None:
+                pass  # o_proj is refitted when the KV heads are merged
+            elif hessian is not None and self.options.refit:
                 damping, held_out = self._damping(seen, kept_columns, held.pop(group.name, None))
                 result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
@@ -190,7 +254,19 @@ class _Pruner:
             ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
             picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping))
         self.chosen.append(picked)
-        return {name: arranged(name, value, self.orders[index]) for name, value in tensors.items()}
+        if self.merger is not None:
+            stay = picked["heads"].keep if "heads" in picked else None
+            tensors, errors = self.merger.merge((index, place), original, tensors, stay, hidden, self.orders[place])
+            self.merged |= {} if errors is None else {str(index): errors}
+        return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
+
+    def _ranking(self, index: int, group: Group, seen: GroupView) -> Ranking:
+        """By the criterion, or as a sensitivity folder has it."""
+        curves = self.plan.measured
+        if curves is None:
+            return ranking_of(self.criterion, seen, self.options.damping)
+        order, cost = curves.order[index, group.name], curves.cost[index, group.name]
+        return Ranking(*(torch.from_numpy(array).to(seen.reader.device) for array in (order, cost)))
 
     def _damping(self, seen: GroupView, kept: torch.Tensor, held: HeldOut | None) -> tuple[float, float | None]:
         """The damping of one refit, and its error on the held-out windows where there are any."""
@@ -199,10 +275,9 @@ class _Pruner:
         return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
 
     def _statistics(
-        self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
+        self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
     ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut]]:
         """What is wanted of the readers' inputs, by group; and of the held-out windows, the last ones, their Gram."""
-        groups = self.groups[index]
         if not groups:
             return {}, {}
         gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}

@@ -13,6 +13,7 @@ import torch
 
 from compress.checkpoint.per_layer import one_or_each
 from compress.criteria import CRITERIA, Ranking
+from compress.steps.prune.depth import Depth
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.types import Job
@@ -73,8 +74,10 @@ def _restored(found: Mapping[str, torch.Tensor], prefix: str, said: Mapping[str,
     return Chosen(ranking, found[f"{prefix}.keep"].long(), Errors(**said))
 
 
-def document(job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, digest: str) -> dict[str, Any]:
-    """importance.json. `digest`: of the calibration text."""
+def document(
+    job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, digest: str, depth: Depth | None
+) -> dict[str, Any]:
+    """importance.json. `digest`: of the calibration text; `depth`: which layers stayed. One that went has no groups."""
     layers = [layer.groups for layer in layers_of(plan.before, job.family)]
     groups = {
         name: {
@@ -85,11 +88,12 @@ def document(job: Job, plan: PrunePlan, options: PruneOptions, chosen: Layers, d
         for name in layers[0]
     }
     return {
-        "criterion": options.criterion,
-        "paper": CRITERIA[options.criterion].paper,
+        "criterion": plan.criterion,
+        "paper": CRITERIA[plan.criterion].paper,
         "damping": options.damping,
         "refit": options.refit,
         "calibration_sha256": digest,
         "groups": groups,
+        **({} if depth is None else {"depth": depth.document()}),
         "layers": [{"layer": index, "groups": said} for index, said in enumerate(errors(chosen))],
     }

@@ -11,14 +11,17 @@ from compress.criteria import GroupView, Ranking
 from compress.stream import Statistic
 
 
-def select(ranking: Ranking, group: Group, keep: int) -> torch.Tensor:
-    """Indices of the units that stay [keep], ascending: every balance block loses its first ones in the order."""
+def select(ranking: Ranking, group: Group, keep: int, dropped: int = 0) -> torch.Tensor:
+    """Indices of the units that stay [keep], ascending: every balance block loses its first ones in the order, but for
+    `dropped` blocks that go as a whole: those whose units cost the least together."""
     blocks = group.units // group.balance
-    gone_per_block = (group.units - keep) // blocks
+    gone_per_block = group.balance - keep // (blocks - dropped)
+    cost = ranking.cost.view(blocks, group.balance).sum(1, dtype=torch.float64)
+    whole = set(torch.argsort(cost, stable=True)[:dropped].tolist())
     stay = torch.ones(group.units, dtype=torch.bool, device=ranking.order.device)
     for block in range(blocks):
         members = ranking.order[ranking.order // group.balance == block]
-        stay[members[:gone_per_block]] = False
+        stay[members if block in whole else members[:gone_per_block]] = False
     return stay.nonzero().flatten()
 
 

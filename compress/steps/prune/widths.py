@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 from compress.arch import Group, Sizes
+from compress.arch.kv import KV_HEADS
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain
 
@@ -18,6 +19,7 @@ WIDE = 2048  # hidden size from which FFN widths are multiples of 256 (GGUF K-qu
 WITHIN = 0.015  # a target is met when the largest reachable size is at most this share below it
 SHARES = ("ratio", "ffn", "heads")
 EXACT = ("keep_ffn", "keep_heads")
+WHOLE = ("keep_layers", "keep_kv_heads")  # counted beside the shares
 TARGETS = ("params", "bytes")
 WIDTHS = ("ratio", "ffn", "keep_ffn", *TARGETS)  # each says how wide the FFN becomes
 
@@ -50,16 +52,19 @@ class Layer:
 @dataclass(frozen=True)
 class Decoder:
     """What is cut, layer by layer, and `measure`: what would be left of the whole model, parameters and bytes of its
-    weight files. `fixed`: the units that must stay in a (layer, group), by hand."""
+    weight files. `fixed`: the units that must stay in a (layer, group), by hand; `kv`: the KV heads that stay, where
+    they are a group; `gone`: matrix parameters of the layers that go as a whole, which are not among `layers`."""
 
     layers: tuple[Layer, ...]
     measure: Callable[[Keeps], tuple[int, int]]
     fixed: Mapping[tuple[int, str], int] = field(default_factory=dict)
+    kv: Mapping[str, int] = field(default_factory=dict)
+    gone: int = 0
 
     @cached_property
     def matrix_parameters(self) -> int:
         """Attention + FFN matrix parameters of all layers."""
-        return sum(layer.matrix_parameters for layer in self.layers)
+        return self.gone + sum(layer.matrix_parameters for layer in self.layers)
 
     @property
     def sizes(self) -> Sizes:
@@ -72,8 +77,8 @@ class Decoder:
         return max((layer.sizes for layer in self.layers), key=lambda sizes: sizes.heads)
 
     def removed(self, keeps: Keeps) -> int:
-        """Matrix parameters that go from all layers."""
-        return sum(layer.removed(keep) for layer, keep in zip(self.layers, keeps, strict=True))
+        """Matrix parameters that go from all layers, and with them."""
+        return self.gone + sum(layer.removed(keep) for layer, keep in zip(self.layers, keeps, strict=True))
 
     def free(self, group: str) -> list[Layer]:
         """The layers whose `group` is not fixed."""
@@ -84,8 +89,11 @@ class Decoder:
         rules = {"heads": heads, "ffn": ffn}
         return tuple(
             {
-                name: self.fixed[index, name] if (index, name) in self.fixed else min(rule(layer), own(layer, name))
-                for name, rule in rules.items()
+                **{
+                    name: self.fixed[index, name] if (index, name) in self.fixed else min(rule(layer), own(layer, name))
+                    for name, rule in rules.items()
+                },
+                **self.kv,
             }
             for index, layer in enumerate(self.layers)
         )
@@ -113,9 +121,9 @@ def width_multiple(hidden: int) -> int:
 
 def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tuple[Keeps, tuple[str, ...]] | None:
     """The units that stay in every layer, and how a width was chosen; None after a complaint."""
-    given = [key for key in (*SHARES, *EXACT, *TARGETS) if getattr(options, key) is not None]
+    given = [key for key in (*SHARES, *EXACT, *WHOLE, *TARGETS) if getattr(options, key) is not None]
     if not given and not any(decoder.fixed[at] < own(decoder.layers[at[0]], at[1]) for at in decoder.fixed):
-        complain("", "nothing to prune: give ratio, ffn, heads, keep_ffn, keep_heads, params or bytes")
+        complain("", f"nothing to prune: give one of {', '.join((*SHARES, *EXACT, *WHOLE, *TARGETS))}")
         return None
     clash = _clash(given)
     if clash is not None:
@@ -160,7 +168,7 @@ def _clash(given: list[str]) -> tuple[str, str] | None:
 
 def _heads(options: PruneOptions, decoder: Decoder, refuse: Complain) -> Callable[[Layer], int] | None:
     """How many heads a layer keeps."""
-    sizes = decoder.most_heads
+    sizes = _with_kv_heads(options, decoder)
     if options.keep_heads is not None:
         stay = options.keep_heads
         if stay > sizes.heads or stay % sizes.kv_heads:
@@ -172,7 +180,7 @@ def _heads(options: PruneOptions, decoder: Decoder, refuse: Complain) -> Callabl
             return None
         return lambda layer: stay
     if options.heads is None:
-        return whole_heads
+        return lambda layer: min(own(layer, "heads"), sizes.heads)  # all that read a KV head that stays
     share = options.heads
     gone = round(share * sizes.group_size)
     if not 0 < gone < sizes.group_size:
@@ -185,7 +193,31 @@ def _heads(options: PruneOptions, decoder: Decoder, refuse: Complain) -> Callabl
         )
         return None
     # in a layer that has fewer than the most, one head a KV head stays at least
-    return lambda layer: layer.sizes.kv_heads * max(1, layer.sizes.group_size - round(share * layer.sizes.group_size))
+    return lambda layer: sizes.kv_heads * max(1, layer.sizes.group_size - round(share * layer.sizes.group_size))
+
+
+def _with_kv_heads(options: PruneOptions, decoder: Decoder) -> Sizes:
+    """The sizes of which query heads are taken: without those of KV heads that are dropped."""
+    sizes = decoder.most_heads
+    if options.kv_merge != "drop" or not decoder.kv:
+        return sizes
+    keep = decoder.kv[KV_HEADS]
+    return replace(sizes, heads=keep * sizes.group_size, kv_heads=keep)
+
+
+def kv_heads_left(options: PruneOptions, sizes: Sizes, refuse: Complain) -> int | None:
+    """How many KV heads stay; None after a complaint."""
+    keep = options.keep_kv_heads
+    if keep is None or keep == sizes.kv_heads:
+        return sizes.kv_heads
+    drop = options.kv_merge == "drop"
+    allowed = [n for n in range(1, sizes.kv_heads) if drop or sizes.kv_heads % n == 0]
+    if keep in allowed:
+        return keep
+    why = f"; {options.kv_merge} joins as many into each" if keep < sizes.kv_heads else ""
+    fewer = ", ".join(map(str, allowed)) or "none"
+    refuse("keep_kv_heads", f"{keep} of {sizes.kv_heads} KV heads cannot stay{why}; fewer that can: {fewer}")
+    return None
 
 
 def _ffn(
@@ -227,7 +259,9 @@ def _rest(ratio: float, decoder: Decoder, heads: Callable[[Layer], int], refuse:
     gone, whole = decoder.removed(decoder.keeps(heads, whole_ffn)), decoder.matrix_parameters
     rest = ratio * whole - gone
     if rest < 0:
-        what = "heads alone remove" if not decoder.fixed else "heads and what is pinned remove"
+        fewer = any(heads(layer) < own(layer, "heads") for layer in decoder.layers)
+        parts = {"layers": decoder.gone, "KV heads": decoder.kv, "heads": fewer, "pinned widths": decoder.fixed}
+        what = f"{' and '.join(name for name, removes in parts.items() if removes)} alone remove"
         refuse("ratio", f"the {what} {gone / whole:.4f}; ratio must be at least that, found {ratio}")
         return None
     free = sum(own(layer, "ffn") * layer.weight("ffn") for layer in decoder.free("ffn"))
@@ -246,7 +280,8 @@ def _to_target(
     limit: int = getattr(options, key)
     multiple = width_multiple(sizes.hidden)
     widths = [*range(multiple, sizes.ffn, multiple), sizes.ffn]
-    left = heads(max(decoder.layers, key=whole_heads))
+    left = f"{heads(max(decoder.layers, key=whole_heads))} heads"
+    left += f" in {len(decoder.layers)} layers" if decoder.gone else ""
 
     @cache
     def measured(width: int) -> tuple[int, int]:
@@ -261,7 +296,7 @@ def _to_target(
 
     at = bisect_right(widths, limit, key=size) - 1
     if at < 0:
-        refuse(key, f"{limit:,} cannot be reached: the smallest that {left} heads leave is {told(widths[0])}")
+        refuse(key, f"{limit:,} cannot be reached: the smallest that {left} leave is {told(widths[0])}")
         return None
     width = widths[at]
     keeps = decoder.keeps(heads, lambda layer: width)
@@ -273,8 +308,7 @@ def _to_target(
         above = f"; the next is {told(widths[at + 1])}" if at + 1 < len(widths) else ""
         refuse(
             key,
-            f"{limit:,} is more than {WITHIN:.1%} away: the largest that {left} heads reach below it is "
-            f"{told(width)}{above}",
+            f"{limit:,} is more than {WITHIN:.1%} away: the largest that {left} reach below it is {told(width)}{above}",
         )
         return None
     neighbours = f"; its neighbours are {' and '.join(around)}" if around else ""

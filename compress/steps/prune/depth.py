@@ -1,0 +1,204 @@
+"""Which decoder layers go: one pass through the whole model, in which what goes into and comes out of every layer is
+compared. Memory: the hidden states of all windows and, of one more layer than go, inputs at DEPTH_POSITIONS positions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import pi
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from compress.checkpoint import per_layer
+from compress.checkpoint.headers import Header
+from compress.checkpoint.per_layer import anchored
+from compress.checkpoint.reader import Reader
+from compress.errors import UserError
+from compress.limits import DEPTH_POSITIONS
+from compress.machine import Progress
+from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
+from compress.steps.prune.plan import PrunePlan
+from compress.steps.types import Job, StepPlan
+from compress.stream.arranged import stock_view
+from compress.stream.forward import Stream, compute_dtype
+from compress.stream.stock import stock_config
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Which of the `layers` decoder layers of the source are `kept`, ascending. `scores`, by `criterion`: of each
+    layer, or of each block of as many layers as go, by its first."""
+
+    criterion: str
+    layers: int
+    kept: tuple[int, ...]
+    scores: tuple[float, ...]
+
+    def document(self) -> dict[str, Any]:
+        """For the receipt, importance.json and the state of a run; `restored` reads it."""
+        return {
+            "criterion": self.criterion,
+            "paper": LAYER_CRITERIA[self.criterion],
+            "layers": self.layers,
+            "kept": list(self.kept),
+            "gone": [index for index in range(self.layers) if index not in self.kept],
+            "scores": list(self.scores),
+        }
+
+
+def restored(said: Mapping[str, Any]) -> Depth:
+    """What `Depth.document` was made from."""
+    return Depth(said["criterion"], said["layers"], tuple(said["kept"]), tuple(said["scores"]))
+
+
+def find_depth(job: Job, streamed: Reader, ids: torch.Tensor) -> Depth | None:
+    """What the plan leaves to be found: the layers that stay; None when all do. `ids` [N, L]: the calibration.
+
+    What an earlier run of the same step has found is taken over. UserError where activations are NaN or infinite.
+    """
+    plan = cast(PrunePlan, job.plan)
+    options = cast(PruneOptions, plan.options)
+    layers = job.family.sizes(plan.before).layers
+    if plan.layers == layers:
+        return None
+    state = None if job.ledger is None else job.ledger.load()
+    if state is not None and state.facts.get("depth"):
+        return restored(state.facts["depth"])
+    stream = Stream(streamed, job.family, dtype=compute_dtype(plan.before.dtype, streamed.device)[0])
+    first = anchored(plan.before.config)
+    kept, scores = METHODS[options.layer_criterion](stream, ids, layers - plan.layers, first, job.progress)
+    found = Depth(options.layer_criterion, layers, tuple(kept), tuple(scores))
+    job.progress.note(f"decoder layers {_spans(found.document()['gone'])} go, by {found.criterion}")
+    if job.ledger is not None and job.ledger.due():
+        job.ledger.save({"depth": found.document()}, {})
+    return found
+
+
+def settled(job: Job, depth: Depth | None) -> Job:
+    """`job` with the config of the layers that stay in its plans, which until now stood for any."""
+    if depth is None:
+        return job
+    config = job.family.shallow(_told(job), depth.kept)
+
+    def of(plan: StepPlan) -> StepPlan:
+        return replace(plan, after=job.family.with_lists(plan.after, config))
+
+    return replace(job, plan=of(job.plan), pack=None if job.pack is None else of(job.pack))
+
+
+def _told(job: Job) -> Header:
+    """The source with the lists in its config that its class would derive, where they do not say the same of every
+    layer: of fewer layers another list would be derived."""
+    header, family = job.plan.before, job.family
+    stock: Any = stock_config(stock_view(family, header.config)[0]).get_text_config(decoder=True)
+    derived = per_layer.lists(stock.to_dict(), family.sizes(header).layers)
+    missing = {
+        key: said
+        for key, said in derived.items()
+        if header.text_config.get(key) is None and any(each != said[0] for each in said)
+    }
+    return replace(header, config=family.with_units(header.config, missing))
+
+
+def _angular(
+    stream: Stream, ids: torch.Tensor, gone: int, anchor: int, progress: Progress
+) -> tuple[list[int], list[float]]:
+    """The block of `gone` layers whose input and output are the closest (Gromov et al. 2024, arXiv:2403.17887).
+
+    Eq. 3-4: d(l) = arccos(x_l . x_{l+n} / |x_l| |x_{l+n}|) / pi, and the block with the least d goes. The paper takes
+    the last token of every example; here each window gives as many positions as fit in DEPTH_POSITIONS, evenly spaced
+    over its later half, the last among them: tokens that have seen much, of which a calibration has more.
+    """
+    length = ids.shape[1]
+    each = max(1, min(DEPTH_POSITIONS // len(ids), length // 2))
+    positions = length - 1 - (length // 2) * torch.arange(each) // each
+    windows = torch.arange(min(len(ids), DEPTH_POSITIONS))
+    inputs: deque[torch.Tensor] = deque()
+    distances: list[float] = []
+
+    def see(hidden: torch.Tensor) -> None:
+        inputs.append(hidden[windows][:, positions].float())
+        if len(inputs) > gone:
+            angle = _cosine(inputs.popleft(), inputs[-1]).clamp(-1, 1).arccos()
+            distances.append(_finite(float(angle.mean()) / pi, len(distances)))
+
+    def step(layer: nn.Module) -> None:
+        stream.advance(layer, hidden)
+        see(hidden)
+
+    hidden = stream.embed(ids)
+    see(hidden)
+    _through(stream, progress, step)
+    first = min(range(anchor, len(distances)), key=distances.__getitem__)
+    return [index for index in range(stream.layers) if not first <= index < first + gone], distances
+
+
+def _influence(
+    stream: Stream, ids: torch.Tensor, gone: int, anchor: int, progress: Progress
+) -> tuple[list[int], list[float]]:
+    """The `gone` layers of least Block Influence (Men et al. 2024, ShortGPT, arXiv:2403.03853, eq. 1).
+
+    BI = 1 - E[x . y / |x| |y|] over all positions, x what goes into a layer and y what comes out.
+    """
+    influence: list[float] = []
+    hidden = stream.embed(ids)
+
+    def see(layer: nn.Module) -> None:
+        total = torch.zeros((), dtype=torch.float64, device=stream.device)
+
+        def compare(module: nn.Module, given: tuple[torch.Tensor, ...], out: Any) -> None:
+            del module
+            total.add_(_cosine(given[0], out if isinstance(out, torch.Tensor) else out[0]).sum(dtype=torch.float64))
+
+        handle = layer.register_forward_hook(compare)
+        try:
+            stream.advance(layer, hidden)
+        finally:
+            handle.remove()
+        influence.append(_finite(1 - float(total) / ids.numel(), len(influence)))
+
+    _through(stream, progress, see)
+    order = sorted(range(anchor, stream.layers), key=influence.__getitem__)
+    return [*range(anchor), *sorted(order[gone:])], influence
+
+
+def _through(stream: Stream, progress: Progress, see: Callable[[nn.Module], object]) -> None:
+    with progress.task("comparing layers", stream.layers) as task:
+        for index in range(stream.layers):
+            with stream.layer(index) as layer:
+                see(layer)
+            task.advance()
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    one, other = one.float(), other.float()
+    # their lengths first: the square of a massive activation overflows sooner than the activation
+    return (nn.functional.normalize(one, dim=-1) * nn.functional.normalize(other, dim=-1)).sum(-1)
+
+
+def _finite(score: float, layer: int) -> float:
+    if score - score != 0:
+        raise UserError(f"layer {layer}: its input or output is NaN or infinite: activations overflow")
+    return score
+
+
+def _spans(layers: list[int]) -> str:
+    """`3, 21-24` for [3, 21, 22, 23, 24]."""
+    spans: list[list[int]] = []
+    for index in layers:
+        if spans and spans[-1][-1] == index - 1:
+            spans[-1][1:] = [index]
+        else:
+            spans.append([index])
+    return ", ".join("-".join(map(str, span)) for span in spans)
+
+
+# (stream, ids, how many layers go, how many of the first stay, progress) -> layers that stay, scores
+METHODS: Mapping[str, Callable[[Stream, torch.Tensor, int, int, Progress], tuple[list[int], list[float]]]] = {
+    "angular": _angular,
+    "influence": _influence,
+}

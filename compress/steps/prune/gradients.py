@@ -1,0 +1,56 @@
+"""The backward pass that some criteria need: over which windows, by which stream, and its sums as a run's state.
+
+It is made once, on the dense model, before a layer is cut: a gradient at one layer depends on all the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from compress.arch import Group
+from compress.steps.prune.options import PruneOptions
+from compress.steps.types import Job
+from compress.stream import GRADIENTS, Statistic
+from compress.stream.backward import Found, gradients
+from compress.stream.forward import Stream
+
+PREFIX = "gradients."
+
+
+def gathered(
+    job: Job,
+    options: PruneOptions,
+    stream: Stream,
+    ids: torch.Tensor,
+    groups: Sequence[Sequence[Group]],
+    needs: frozenset[Statistic],
+) -> Found:
+    """What of `needs` takes a backward pass of the dense model, for every layer; nothing of any where none does."""
+    wanted = needs & GRADIENTS
+    if not wanted or not any(groups):
+        return [{} for _ in groups]
+    # calibration windows are in seeded order: the first ones are as good as any
+    part = ids[: options.gradient_samples]
+    return gradients(stream, part, groups, wanted, scratch=job.target.parent, progress=job.progress)
+
+
+def tensors(found: Found) -> dict[str, torch.Tensor]:
+    """`gradients.LAYER.GROUP.STATISTIC` [units]."""
+    return {
+        f"{PREFIX}{index}.{group}.{kind}": value
+        for index, layer in enumerate(found)
+        for group, kinds in layer.items()
+        for kind, value in kinds.items()
+    }
+
+
+def restored(state: Mapping[str, torch.Tensor], layers: int) -> Found:
+    """What `tensors` was made from, out of a state that holds other tensors as well."""
+    found: Found = [{} for _ in range(layers)]
+    for name, value in state.items():
+        if name.startswith(PREFIX):
+            index, group, kind = name.removeprefix(PREFIX).split(".")
+            found[int(index)].setdefault(group, {})[kind] = value  # type: ignore[index]  # a Statistic, as it was saved
+    return found

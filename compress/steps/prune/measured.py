@@ -1,0 +1,81 @@
+"""A ranking and cost curves from a sensitivity folder, in the place of a criterion's own. From headers and that folder.
+
+The folder must be of the very model that the step cuts: its digest says so, and reads the weights at most once (they
+are remembered, checkpoint/digests.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.digests import model_digest
+from compress.checkpoint.headers import Header
+from compress.curves import Curves, read_curves
+from compress.errors import MachineError, UserError
+from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.widths import Keeps, Layer
+from compress.steps.types import Complain
+
+KEY = "from_sensitivity"
+
+
+def measured(before: Header, layers: Sequence[Layer], options: PruneOptions, complain: Complain) -> Curves | None:
+    """The folder that `from_sensitivity` names; None after a complaint: the folder cannot be read, is of another model,
+    lacks a group, or was ranked by another criterion than the step asks for."""
+    assert options.from_sensitivity is not None
+    for key in ("keep_layers", "keep_kv_heads"):
+        if getattr(options, key) is not None:
+            complain(KEY, f"not with '{key}': the folder ranks units of whole layers, and predicts no such cut")
+            return None
+    if not before.locations:
+        complain(KEY, "an earlier step changes the model that was measured; prune first")
+        return None
+    try:
+        found = read_curves(Path(options.from_sensitivity).expanduser())
+        source = next(iter(before.locations.values())).file.parent
+        same = found.model == model_digest(source)
+    except (UserError, MachineError) as problem:
+        complain(KEY, problem.message, problem.hint)
+        return None
+    wrong = None if same else "is of another model (the digests of config.json and weights differ)"
+    wrong = wrong or _lacking(found, layers)
+    if options.criterion not in (found.criterion, PruneOptions.model_fields["criterion"].default):
+        complain(
+            "criterion",
+            f"the units of {options.from_sensitivity} are ranked by {found.criterion}, found {options.criterion}",
+        )
+        return None
+    if wrong:
+        complain(KEY, f"{options.from_sensitivity} {wrong}", "measure this model: autoglm-compress sensitivity")
+        return None
+    return found
+
+
+def predicted_loss(found: Curves, layers: Sequence[Layer], keep: Keeps) -> float:
+    """Rise of the loss, nats a token: the curves' sum over all layers and groups that lose units."""
+    return sum(
+        found.curves[index, name].at(group.units - each[name])
+        for index, (layer, each) in enumerate(zip(layers, keep, strict=True))
+        for name, group in layer.groups.items()
+        if each[name] < group.units
+    )
+
+
+def receipt(found: Curves, loss: float) -> Mapping[str, Any]:
+    """What a receipt says of the folder and of what it predicts."""
+    return {
+        "sensitivity": {"digest": found.digest, "criterion": found.criterion, "damping": found.about["damping"]},
+        "predicted_loss": loss,
+    }
+
+
+def _lacking(found: Curves, layers: Sequence[Layer]) -> str | None:
+    if found.layers != len(layers):
+        return f"has {found.layers} layers, the model {len(layers)}"
+    for index, layer in enumerate(layers):
+        for name, group in layer.groups.items():
+            if name not in found.groups or found.groups[name].units[index] != group.units:
+                return f"was not measured for the {group.units} {name} of layer {index}"
+    return None
