@@ -93,9 +93,8 @@ def test_quantize_and_evaluate_work_through_the_same_data(
     given = {"input_ids": torch.arange(40)[None]}
     with Reader(out) as reader:
         streamed = open_stream(reader, torch.float32).logits(given["input_ids"])
-    assert float((streamed - logits(load(out), given)).abs().max() / streamed.std()) < (
-        0.2 if how == "bnb-int8" else 1e-3
-    )
+    apart = float((streamed - logits(load(out), given)).abs().max() / streamed.std())
+    assert apart < (0.2 if how == "bnb-int8" else 1e-3)  # bitsandbytes computes in float16
 
 
 def test_inspect_says_that_it_was_traced(models: dict[str, Path]) -> None:
