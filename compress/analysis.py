@@ -184,6 +184,8 @@ def _asked(model: str, data: DataSpec, options: SensitivityOptions, seed: int, p
     lines = check_shapes(source.folder, family, header)
     if is_quantized(header):
         lines = [f"{source.name}: the model is quantized; measure the one it was made from"]
+    if (beside := family.head_beside(header.text_config)) is not None:
+        lines.append(f"{source.name}: the gradient of the loss is needed, and it knows none of this: {beside}")
     hint = None
     try:
         check(data, "calibration", source.folder, progress)

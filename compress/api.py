@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, cleandoc, signature
@@ -300,6 +301,10 @@ def _left_as_it_was() -> Iterator[None]:
     """Give a caller's process back its torch threads, random states and log levels, which a run sets for itself."""
     import numpy as np
     import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tqdm.auto  # noqa: F401  in a notebook it warns that there are no widgets; nothing here draws any
     from transformers.utils import logging as hf
 
     hf_logging: Any = hf

@@ -200,6 +200,10 @@ class PruneKeywords(StepKeywords, total=False):
     """Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or keep_heads leave."""
     bytes: float | str | None
     """Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."""
+    allocation: str
+    """Widths alike in all layers (uniform), or by layer (per-layer: needs from_sensitivity, and who loads the result
+    trust_remote_code).
+    """
     protect: list[str] | str | None
     """Decoder modules that are not cut, by name or pattern, as in layers.11.mlp,layers.0-3.*; layers then differ in
     width.

@@ -63,7 +63,7 @@ class Sensitivity:
     def __repr__(self) -> str:
         sizes = []
         for name in self.groups:
-            kept = [len(self.keep[layer, name]) for layer in range(self.layer_count)] if not self.measured else None
+            kept = [len(self.keep[layer, name]) for layer in self._scored(name)] if not self.measured else None
             sizes.append(f"{name} {span(self._size(name)[0])}" + (f" -> {span(kept)}" if kept else ""))
         parts = [self.criterion, f"{self.layer_count} layers", *sizes]
         return f"Sensitivity({self.step}: {', '.join(parts)})"

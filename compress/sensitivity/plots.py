@@ -247,7 +247,7 @@ def _share_panel(axes: Axes, part: Any, group: str) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(0, 1.45 * float(np.nanmax([part.removed.max(), part.removed_cost.max()])))
     sizes = f"{span(part.units.tolist())} -> {span(part.kept.tolist())}"
-    axes.set_title(f"{NAMES.get(group, group)}: {sizes} in every layer", fontsize=10)
+    axes.set_title(f"{NAMES.get(group, group)}: {sizes} a layer", fontsize=10)
     axes.legend(loc="upper right", fontsize=8, ncols=2, frameon=False)
 
 

@@ -51,7 +51,6 @@ def _read_about(path: Path) -> dict[str, Any]:
         and layers
         and all(_positive_counts(size, len(layers)) for size in groups.values())
         and all(isinstance(entry, dict) and _described(entry.get("groups"), groups) for entry in layers)
-        and len({frozenset(entry["groups"]) for entry in layers if entry["groups"]}) <= 1
     )
     if not fine:
         raise UserError(f"{path}: not what a prune step writes (criterion, groups, layers)")

@@ -143,13 +143,12 @@ def test_the_document_says_how_it_was_made(source: Path, found: Sensitivity) -> 
         assert row.loss_without > losses.max()
 
 
-@pytest.mark.parametrize("family", ["glm4v", "phi3", "qwen3"])
-def test_other_families_are_measured(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "criterion"), [("glm4v", "fisher"), ("phi3", "taylor"), ("qwen3", "flap")])
+def test_other_families_are_measured(family: str, criterion: str, tmp_path: Path) -> None:
     source = getattr(tiny, family)(tmp_path / "source")
-    found = compress.measure_sensitivity(
-        source, tmp_path / "out", data={"samples": 4, "length": 32}, machine=ONE, pictures=False
-    )
-    assert found.groups == ("heads", "ffn") and found.layer_count == 2
+    keywords: dict[str, Any] = {"data": {"samples": 4, "length": 32}, "machine": ONE, "pictures": False}
+    found = compress.measure_sensitivity(source, tmp_path / "out", criterion=criterion, **keywords)
+    assert found.criterion == criterion and found.groups == ("heads", "ffn") and found.layer_count == 2
     assert not (tmp_path / "out" / "pictures").exists()
     assert found.predicted({"ffn": 64}) > 0 == found.predicted({})
 
@@ -268,6 +267,11 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
     refused(2, "the model is quantized", str(quantized), *out)
     refused(2, "--data", str(source), *out, "--data", str(tmp_path / "no.txt"))
     refused(4, "the analysis needs about", str(source), *out, "--memory", "1MB")
+    capped = tiny.gemma3(tmp_path / "capped", final_logit_softcapping=2.0)
+    refused(2, "the gradient of the loss is needed", str(capped), *out)
+    few = ["--samples", "1", "--length", "64"]
+    assert main(["sensitivity", str(source), *out, *few, "-q"]) == 2
+    assert "64 calibration tokens for a Gram matrix of 96 columns" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(2, "or --no-pictures", str(source), *out)
 

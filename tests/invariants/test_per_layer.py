@@ -26,6 +26,7 @@ from compress.plan import make_plan
 from compress.receipt import load_receipt
 from compress.recipe import Recipe, loads
 from compress.run import run
+from compress.sensitivity import load_sensitivity
 from compress.steps.evaluate.run import evaluate
 from compress.steps.prune.options import PruneOptions
 from tests import tiny
@@ -217,3 +218,13 @@ def test_every_family_is_shown_here_or_refuses(tmp_path: Path) -> None:
     recipe = Recipe.single("prune", str(tiny.glm4v(tmp_path / "m")), PruneOptions(pin=PINNED, flavour="native"))
     with pytest.raises(UserError, match="layers of a glm4v_native cannot differ in width"):
         make_plan(recipe, Machine(1), check_machine=False)
+
+
+def test_its_scores_are_read_back(tmp_path: Path) -> None:
+    out = prune(tiny.llama(tmp_path / "source"), tmp_path / "out", ratio=0.3, protect=["layers.2"], pin=PINNED)
+    found = load_sensitivity(out)
+    keep = load_receipt(out)["steps"][0]["keep"]
+    rows = found.layers().set_index(["layer", "group"])
+    assert sorted(rows.index) == [(0, "ffn"), (1, "ffn"), (1, "heads")]
+    assert rows.kept.to_dict() == {(0, "ffn"): 40, (1, "ffn"): keep["ffn"][1], (1, "heads"): 4}
+    assert found.plot_cut().axes and found.plot_curves("ffn").axes and found.plot_heads().axes

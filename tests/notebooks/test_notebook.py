@@ -1,4 +1,4 @@
-"""The notebooks run from first to last cell on a pruned pico model, call compress alone, and store no output."""
+"""The notebooks run from first to last cell on pico models, call compress alone, and store no output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def code(notebook: Any) -> list[str]:
 
 
 def test_there_is_a_notebook() -> None:
-    assert [path.name for path in NOTEBOOKS] == ["sensitivity.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == ["01-sensitivity.ipynb", "02-pruning-choices.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -55,11 +55,15 @@ def test_it_imports_compress_alone(path: Path) -> None:
     assert "compress" in imported and imported <= ALLOWED
 
 
-def execute(result: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the notebook in `folder` on the result; CellExecutionError if a cell fails."""
+def execute(name: str, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, result: Path | None = None) -> Any:
+    """Run a notebook in `folder` on the model `source` and a pruned result; CellExecutionError if a cell fails."""
+    monkeypatch.setenv("AUTOGLM_COMPRESS_MODEL", str(source))
+    monkeypatch.setenv("AUTOGLM_COMPRESS_SENSITIVITY", str(folder / "measured"))
+    monkeypatch.setenv("AUTOGLM_COMPRESS_SAMPLES", "8")
     monkeypatch.setenv("AUTOGLM_COMPRESS_RESULT", str(result))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(ROOT / "notebooks" / "sensitivity.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
@@ -74,24 +78,51 @@ def outputs(notebook: Any, kind: str) -> dict[str, Any]:
     }
 
 
-def test_it_runs_and_draws_on_heads_and_ffn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tiny.llama(tmp_path / "source")
-    compress.prune(source, tmp_path / "out", ratio=0.3, heads=0.5, data=DATA, machine=Machine(1))
-    notebook = execute(tmp_path / "out", tmp_path, monkeypatch)
+def drawn(notebook: Any, expected: set[str]) -> None:
+    """The cells that show a picture, none of them blank."""
     pictures = outputs(notebook, "image/png")
-    assert set(pictures) == {"plot-heads", "plot-curves", "plot-cut"}
+    assert set(pictures) == expected
     for name, data in pictures.items():
         pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(data)))[..., :3]
         assert min(pixels.shape[:2]) > 150 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, name
-    assert set(outputs(notebook, "text/html")) == {"layers", "units"}
-    streams = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"]
-    assert streams == []  # no stray logs or warnings between prose and pictures
+
+
+def said(notebook: Any) -> dict[str, str]:
+    """What cells printed, by cell id."""
+    found: dict[str, str] = {}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                found[cell.id] = found.get(cell.id, "") + output.text
+    return found
+
+
+def test_choices_are_planned_carried_out_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.llama(tmp_path / "source")
+    notebook = execute("02-pruning-choices.ipynb", source, tmp_path, monkeypatch)
+    drawn(notebook, {"plot-predicted", "plot-cut"})
+    printed = said(notebook)
+    assert set(printed) == {"write-recipe", "plan-budgets", "plan-ways", "carry-out"}
+    losses = [float(line.split()[-2]) for line in printed["plan-budgets"].splitlines()[1:]]
+    assert len(losses) == 4 and 0 < losses[0] < losses[-1] and losses == sorted(losses)
+    assert printed["plan-ways"].count("nats a token") == 2 and printed["carry-out"].count("->") == 2
+
+
+def test_it_runs_and_draws_on_heads_and_ffn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.llama(tmp_path / "source")
+    compress.prune(source, tmp_path / "out", ratio=0.3, heads=0.5, data=DATA, machine=Machine(1))
+    notebook = execute("01-sensitivity.ipynb", source, tmp_path, monkeypatch, tmp_path / "out")
+    measured = {"plot-losses-heads", "plot-losses-ffn", "plot-layers"}
+    drawn(notebook, measured | {"plot-heads", "plot-curves", "plot-cut"})
+    assert set(outputs(notebook, "text/html")) == {"kv-groups", "layers", "units"}
+    assert said(notebook) == {}  # no stray logs or warnings between prose and pictures
     assert "heads 8 -> 4" in outputs(notebook, "text/plain")["load"]
 
 
 def test_it_runs_where_only_the_ffn_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny.glm4v(tmp_path / "source")
     compress.prune(source, tmp_path / "out", ffn=0.25, data=DATA, machine=Machine(1))
-    notebook = execute(tmp_path / "out", tmp_path, monkeypatch)
-    assert set(outputs(notebook, "image/png")) == {"plot-curves", "plot-cut"}
+    compress.measure_sensitivity(source, tmp_path / "measured", data=DATA, machine=Machine(1), pictures=False)
+    notebook = execute("01-sensitivity.ipynb", source, tmp_path, monkeypatch, tmp_path / "out")
+    assert {"plot-curves", "plot-cut"} <= set(outputs(notebook, "image/png"))
     assert outputs(notebook, "text/plain")["plot-heads"] == "'no heads were cut'"

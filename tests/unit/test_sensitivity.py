@@ -230,7 +230,6 @@ def test_damaged_scores_are_refused(damage: Callable[[dict[str, Any]], None], me
         {"groups": {"heads": {"units": 8, "keep": 4, "balance": 0}}},
         {"layers": []},
         {"layers": [{"layer": 0}]},
-        {"layers": [{"groups": {"heads": {}}}, {"groups": {"ffn": {}}}]},
         {"layers": [{"groups": {"experts": {}}}]},
     ],
     ids=repr,

@@ -15,6 +15,7 @@ from compress.criteria import CRITERIA
 from compress.limits import DAMPINGS
 from compress.steps.types import StepOptions, one_of
 
+ALLOCATIONS = (UNIFORM, PER_LAYER) = ("uniform", "per-layer")
 NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "I")}
@@ -149,6 +150,11 @@ class PruneOptions(StepOptions):
     )
     bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "17.9GB or 11GiB")] = Field(
         None, description="Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."
+    )
+    allocation: Annotated[str, *one_of("allocation", ALLOCATIONS)] = Field(
+        UNIFORM,
+        description="Widths alike in all layers (uniform), or by layer (per-layer: needs from_sensitivity, and who "
+        "loads the result trust_remote_code).",
     )
     protect: Patterns = Field(
         None,

@@ -20,9 +20,10 @@ from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
+from compress.steps.prune.choose import choose
 from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own, resolve
+from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own
 from compress.steps.types import Complain, PlanContext, StepPlan
 
 _NARROW = "stock transformers was not shown to load such a checkpoint of it"
@@ -78,7 +79,13 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         return None
     gone = sum(layer.matrix_parameters for layer in whole[len(layers) :])
     decoder = Decoder(layers, measure, by_hand.units, kv, gone)
-    resolved = resolve(options, decoder, complain)
+    sizes = family.sizes(before)
+
+    def loadable(heads: int) -> bool:
+        fewer = replace(sizes, heads=heads)
+        return heads == sizes.heads or family.label(before.config, fewer, options.flavour)[0] is not None
+
+    resolved = choose(options, decoder, curves, loadable, complain)
     if resolved is None:
         return None
     keep, chosen = resolved
@@ -92,7 +99,6 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         complain("", f"layers of a {family_of(after).name} cannot differ in width; {_NARROW}")
         return None
     share = decoder.removed(keep) / decoder.matrix_parameters
-    sizes = family.sizes(before)
     parameters, nbytes = measure(keep)
     first = ahead(options, before, family, _layer_parameters(before), context, complain)
     loss = None if curves is None else predicted_loss(curves, layers, keep)

@@ -129,9 +129,16 @@ def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tupl
     if clash is not None:
         complain(*clash)
         return None
-    heads = _heads(options, decoder, complain)
+    heads = heads_rule(options, decoder, complain)
     if heads is None:
         return None
+    return follow(options, decoder, heads, complain)
+
+
+def follow(
+    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], complain: Complain
+) -> tuple[Keeps, tuple[str, ...]] | None:
+    """What stays when every layer keeps the heads that the rule `heads` says, and how the FFN width was chosen."""
     if options.params is not None or options.bytes is not None:
         return _to_target(options, decoder, heads, complain)
     ffn = _ffn(options, decoder, heads, complain)
@@ -166,7 +173,7 @@ def _clash(given: list[str]) -> tuple[str, str] | None:
     return None
 
 
-def _heads(options: PruneOptions, decoder: Decoder, refuse: Complain) -> Callable[[Layer], int] | None:
+def heads_rule(options: PruneOptions, decoder: Decoder, refuse: Complain) -> Callable[[Layer], int] | None:
     """How many heads a layer keeps."""
     sizes = _with_kv_heads(options, decoder)
     if options.keep_heads is not None:

@@ -1,0 +1,97 @@
+"""KV heads of SmolLM2-135M, 3 -> 1: averaged, aligned or dropped, with the refit of o_proj and without.
+
+    .venv/bin/python bench/kv_merging.py [--limit 1]
+
+One-shot, no training. Calibrated on 64 windows of 512 tokens of wikitext2-valid.txt, judged on 64 of the test file,
+by stock transformers. `mean` without the refit is plain averaging (Ainslie et al. 2023, before their training).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from _results import WORK, Results, say
+from _texts import quality_options, wikitext
+from judge import evenly_spaced, judge, load
+
+import compress
+from compress.checkpoint.source import locate
+from compress.machine import Machine
+from compress.plan import make_plan
+from compress.recipe import Recipe
+from compress.steps.prune.options import PruneOptions
+
+KEEP = 1
+SAMPLES = 64
+SETTINGS = [(method, refit) for refit in (False, True) for method in ("mean", "aligned", "drop")]
+
+
+class Bench:
+    """Judged windows, the dense model's perplexity on them, and how a row is measured."""
+
+    def __init__(self, given: argparse.Namespace, valid: Path, test: Path) -> None:
+        self.given, self.valid = given, valid
+        self.folder = locate(given.model).folder
+        self.rows = evenly_spaced(self.folder, test.read_text(encoding="utf-8"), given.windows)
+
+    def row(self, method: str, refit: bool) -> dict[str, Any]:
+        """Merge so, judge the result, and count the bytes of its cache."""
+        options = PruneOptions(keep_kv_heads=KEEP, kv_merge=method, refit=refit)
+        machine = Machine.detect(self.given.threads)
+        planned = make_plan(Recipe.single("prune", self.given.model, options), machine, check_machine=False)
+        out, started = WORK / "kv-merging", time.time()
+        result = compress.prune(
+            self.given.model,
+            out,
+            **options.model_dump(exclude_defaults=True),
+            data={"source": str(self.valid), "samples": SAMPLES, "length": self.given.length},
+            seed=self.given.seed,
+            machine=machine,
+            overwrite=True,
+        )
+        seconds = time.time() - started
+        found = judge(load(out), self.rows, load(self.folder))
+        shutil.rmtree(out)
+        gc.collect()
+        return {
+            "perplexity": found["ppl"],
+            "dense": found["ref_ppl"],
+            "ratio": found["ratio"],
+            "kl": found["kl"],
+            "parameters": found["params"],
+            "kv_cache_bytes": list(planned.kv_cache),
+            "errors": result.receipt["steps"][0].get("kv_merge", {}).get("errors", {}),
+            "seconds": round(seconds, 1),
+            "threads": self.given.threads,
+        }
+
+
+def main() -> None:
+    parser = quality_options(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="chooses the calibration windows")
+    given = parser.parse_args()
+    texts = wikitext(given.data)
+    if texts is None:
+        return
+    results, done = Results("kv_merging", given.results), 0
+    bench: Bench | None = None
+    for method, refit in SETTINGS:
+        key = {"keep": KEEP, "method": method, "refit": refit, "samples": SAMPLES, "seed": given.seed}
+        key |= {"model": given.model, "windows": given.windows, "length": given.length}
+        if (results.find(key) is None or given.again) and done < given.limit:
+            bench = bench or Bench(given, texts.valid, texts.test)
+            results.add(key, bench.row(method, refit))
+            done += 1
+        if found := results.find(key):
+            before, after = found["kv_cache_bytes"]
+            how = "with refit" if refit else "no refit"
+            say(f"{method:8} {how:10} {found['ratio']:8.3f} x dense, KV cache {before:,} -> {after:,} bytes a token")
+
+
+if __name__ == "__main__":
+    main()

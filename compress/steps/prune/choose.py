@@ -1,0 +1,162 @@
+"""Which units stay: by the rules of `widths`, or, where a sensitivity folder has measured cost curves, at least cost.
+
+`uniform` takes the pair (heads, FFN width) of least predicted loss, `per-layer` the widths of every layer and group.
+numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from compress.curves import Curves
+from compress.steps.prune.allocate import MOST, allocate, choices, smallest, uncovered
+from compress.steps.prune.measured import predicted_loss
+from compress.steps.prune.options import PER_LAYER, PruneOptions
+from compress.steps.prune.widths import Decoder, Keeps, Layer, follow, heads_rule, resolve, whole_ffn, whole_heads
+from compress.steps.types import Complain
+
+BUDGETS = ("ratio", "params", "bytes")
+Chosen = tuple[Keeps, tuple[str, ...]]
+
+
+def choose(
+    options: PruneOptions,
+    decoder: Decoder,
+    curves: Curves | None,
+    loadable: Callable[[int], bool],
+    complain: Complain,
+) -> Chosen | None:
+    """The units that stay in every layer, and how they were chosen; None after a complaint.
+
+    loadable: whether some stock class takes so many query heads.
+    """
+    given = [key for key in BUDGETS if getattr(options, key) is not None]
+    if options.allocation == PER_LAYER:
+        wrong = _wrong(options, decoder, curves, given)
+        if wrong is not None:
+            complain("allocation", *wrong)
+            return None
+        if curves is not None:
+            return _per_layer(options, decoder, curves, loadable, given[0], complain)
+    shaped = any(getattr(options, key) is not None for key in ("heads", "keep_heads", "ffn", "keep_ffn"))
+    if curves is not None and len(given) == 1 and not shaped and not decoder.gone and not decoder.kv:
+        return _pair(options, decoder, curves, loadable, complain)
+    return resolve(options, decoder, complain)
+
+
+def _wrong(
+    options: PruneOptions, decoder: Decoder, curves: Curves | None, given: list[str]
+) -> tuple[str, str | None] | None:
+    """Why layers cannot be given widths of their own, and what helps."""
+    if curves is None:
+        if decoder.fixed:
+            return None  # what protect and pin say is all that differs
+        return (
+            "per-layer needs measured cost curves",
+            "autoglm-compress sensitivity MODEL -o DIR measures them; then from_sensitivity: DIR",
+        )
+    if decoder.gone or decoder.kv:
+        return "per-layer does not go with keep_layers or keep_kv_heads: all layers are alike there", None
+    widths = [key for key in ("ffn", "keep_ffn") if getattr(options, key) is not None]
+    if len(given) == 1 and not widths:
+        return None
+    found = " and ".join([*given, *widths]) or "none"
+    return f"per-layer needs one budget for all layers: ratio, params or bytes; found {found}", None
+
+
+def _pair(
+    options: PruneOptions, decoder: Decoder, curves: Curves, loadable: Callable[[int], bool], complain: Complain
+) -> Chosen | None:
+    """The heads and the FFN width, alike in all layers that are not fixed, of least predicted loss in the budget."""
+    sizes = decoder.most_heads
+    found: list[tuple[float, int, Chosen]] = []
+    for heads in range(sizes.heads, 0, -sizes.kv_heads):
+        if heads < (1 - MOST) * sizes.heads or not loadable(heads):
+            continue
+        chosen = follow(options, decoder, _so_many(heads), lambda key, message, hint=None: None)
+        if chosen is not None and uncovered(chosen[0], decoder, curves.curves) is None:
+            found.append((predicted_loss(curves, decoder.layers, chosen[0]), heads, chosen))
+    if not found:
+        return follow(options, decoder, whole_heads, complain)  # it says why, or takes what the curves do not reach
+    loss, heads, (keeps, notes) = min(found, key=lambda pair: pair[0])
+    others = [f"{count} heads {cost:.4f}" for cost, count, _ in found if count != heads]
+    told = f" ({', '.join(others)})" if others else ""
+    return keeps, (f"{heads} heads: of {len(found)} counts the one of least predicted loss, {loss:.4f}{told}", *notes)
+
+
+def _so_many(heads: int) -> Callable[[Layer], int]:
+    return lambda layer: heads
+
+
+def _per_layer(
+    options: PruneOptions,
+    decoder: Decoder,
+    curves: Curves,
+    loadable: Callable[[int], bool],
+    key: str,
+    complain: Complain,
+) -> Chosen | None:
+    """Widths of their own for every layer, of least predicted loss within the budget."""
+    rule = heads_rule(options, decoder, complain)
+    if rule is None:
+        return None
+    base = decoder.keeps(rule, whole_ffn)
+    groups = ("ffn",) if options.heads is not None or options.keep_heads is not None else ("heads", "ffn")
+    free = [(i, name) for i in range(len(base)) for name in groups if (i, name) not in decoder.fixed]
+    counts = {n for n in range(1, decoder.most_heads.heads + 1) if n % decoder.most_heads.kv_heads == 0 and loadable(n)}
+    weigh = Layer.weight if key == "ratio" else parameters_of_unit
+    may = choices(decoder, curves.curves, free, weigh, counts)
+    size, limit, told = _budget(options, decoder, key)
+    if size(base) <= limit:
+        complain(key, f"{told(limit)} removes nothing: the model stays within it as it is ({told(size(base))})")
+        return None
+    each = max(1, decoder.measure(base)[1] // decoder.measure(base)[0]) if key == "bytes" else 1
+    keeps = allocate(decoder, base, may, lambda found: -(-(size(found) - limit) // each))
+    if keeps is None:
+        least = told(size(smallest(base, may)))
+        complain(
+            key,
+            f"{told(limit)} cannot be reached: at most {MOST:.0%} of a layer's units go, and no more than was "
+            f"measured; the smallest is {least}",
+        )
+        return None
+    return keeps, (
+        f"widths by layer, of least predicted loss for {key} {told(limit)}: {told(size(keeps))}",
+        _widths(keeps),
+    )
+
+
+def _budget(
+    options: PruneOptions, decoder: Decoder, key: str
+) -> tuple[Callable[[Keeps], int], int, Callable[[int], str]]:
+    """What is counted, how much of it may stay, and how a count is told."""
+    if options.ratio is not None:
+        whole = decoder.matrix_parameters
+        return (
+            lambda keeps: whole - decoder.removed(keeps),
+            math.floor((1 - options.ratio) * whole),
+            lambda left: f"{1 - left / whole:.4f}",
+        )
+    limit: int = getattr(options, key)
+    return (lambda keeps: decoder.measure(keeps)[key == "bytes"]), limit, lambda left: f"{left:,} {_NOUN[key]}"
+
+
+_NOUN = {"params": "parameters", "bytes": "bytes"}
+
+
+def parameters_of_unit(layer: Layer, group: str) -> int:
+    """All parameters that one unit owns, biases included."""
+    return sum(
+        cut.width * math.prod(layer.shapes[cut.tensor]) // layer.shapes[cut.tensor][cut.axis]
+        for cut in layer.groups[group].cuts
+    )
+
+
+def _widths(keeps: Keeps) -> str:
+    """`FFN 640 to 1536, heads 6 to 9`."""
+    parts = []
+    for name, noun in (("ffn", "FFN"), ("heads", "heads")):
+        kept = [keep[name] for keep in keeps]
+        parts.append(f"{noun} {min(kept)} to {max(kept)}" if min(kept) != max(kept) else f"{noun} {kept[0]}")
+    return ", ".join(parts)

@@ -1,0 +1,152 @@
+"""Widths from measured cost curves, on an analysed pico llama: least predicted loss in the budget, told and kept."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import compress
+from compress.curves import Curves, read_curves
+from compress.data import DataSpec
+from compress.errors import UserError
+from compress.machine import Machine
+from compress.plan import make_plan
+from compress.receipt import load_receipt
+from compress.recipe import Recipe
+from compress.run import run
+from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.plan import PrunePlan
+from tests import tiny
+
+DATA = DataSpec(source="builtin", samples=8, length=64)
+MATRICES = 3 * (3 * 96 * 64 + 2 * 64 * 64 + 2 * 16 * 64)
+NEURON, HEAD = 3 * 64, 2 * 8 * 64  # parameters of one
+FULL = {"ffn": 96, "heads": 8}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("allocation") / "source")
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path) -> Path:
+    out = source.parent / "measured"
+    data = {"source": "builtin", "samples": 8, "length": 64}
+    compress.measure_sensitivity(source, out, data=data, machine=Machine(1), pictures=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def curves(folder: Path) -> Curves:
+    return read_curves(folder)
+
+
+def recipe(source: Path, folder: Path | None, **options: object) -> Recipe:
+    named = {} if folder is None else {"from_sensitivity": str(folder)}
+    return Recipe.single("prune", str(source), PruneOptions(**named, **options), data=DATA)
+
+
+def planned(source: Path, folder: Path | None, **options: object) -> PrunePlan:
+    (step,) = make_plan(recipe(source, folder, **options), Machine(1), check_machine=False).steps
+    assert isinstance(step, PrunePlan)
+    return step
+
+
+def loss_of(curves: Curves, keeps: list[dict[str, int]]) -> float:
+    return sum(curves.curves[i, g].at(FULL[g] - keep[g]) for i, keep in enumerate(keeps) for g in FULL)
+
+
+def left(keeps: list[dict[str, int]]) -> int:
+    return MATRICES - sum((96 - keep["ffn"]) * NEURON + (8 - keep["heads"]) * HEAD for keep in keeps)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+def test_by_layer_it_is_the_best_that_there_is(ratio: float, source: Path, folder: Path, curves: Curves) -> None:
+    step = planned(source, folder, ratio=ratio, allocation="per-layer")
+    keeps = [dict(keep) for keep in step.keep]
+    assert left(keeps) <= (1 - ratio) * MATRICES
+    assert all(keep["ffn"] % 8 == 0 and keep["ffn"] >= 24 and keep["heads"] in (2, 4, 6, 8) for keep in keeps)
+    assert step.predicted_loss == pytest.approx(loss_of(curves, keeps), rel=1e-9)
+    widths = [{"ffn": f, "heads": h} for f in range(24, 97, 8) for h in (2, 4, 6, 8)]
+    fits = (
+        loss_of(curves, list(three))
+        for three in product(widths, repeat=3)
+        if left(list(three)) <= (1 - ratio) * MATRICES
+    )
+    assert step.predicted_loss == pytest.approx(min(fits), rel=1e-9)
+    uniform = planned(source, folder, ratio=ratio)
+    assert step.predicted_loss <= (uniform.predicted_loss or 0) * (1 + 1e-9) or left(keeps) < left(list(uniform.keep))
+
+
+def test_alike_it_is_the_best_pair(source: Path, folder: Path, curves: Curves) -> None:
+    step = planned(source, folder, params=tiny_parameters(source) * 7 // 10)
+    (keep,) = {tuple(sorted(keep.items())) for keep in step.keep}
+    found = []
+    for heads in (2, 4, 6, 8):
+        fits = [f for f in (*range(24, 96, 8), 96) if total(source, [{"ffn": f, "heads": heads}] * 3) <= limit(source)]
+        found += [(loss_of(curves, [{"ffn": max(fits), "heads": heads}] * 3), heads)] if fits else []
+    assert dict(keep)["heads"] == min(found)[1] and len(found) > 1
+    assert step.predicted_loss == pytest.approx(min(found)[0], rel=1e-9)
+    assert any("the one of least predicted loss" in note for note in step.notes)
+
+
+def tiny_parameters(source: Path) -> int:
+    return planned(source, None, keep_ffn=96).parameters
+
+
+def limit(source: Path) -> int:
+    return tiny_parameters(source) * 7 // 10
+
+
+def total(source: Path, keeps: list[dict[str, int]]) -> int:
+    return tiny_parameters(source) - MATRICES + left(keeps)
+
+
+@pytest.mark.parametrize("budget", ["params", "bytes"])
+def test_a_size_is_stayed_within(budget: str, source: Path, folder: Path) -> None:
+    whole = planned(source, None, keep_ffn=96)
+    most = (whole.parameters if budget == "params" else whole.nbytes) * 8 // 10
+    step = planned(source, folder, **{budget: most}, allocation="per-layer", protect=["layers.2.mlp"])
+    size = step.parameters if budget == "params" else step.nbytes
+    assert 0.97 * most < size <= most
+    assert step.keep[2]["ffn"] == 96
+
+
+def test_it_is_written_as_planned_and_the_receipt_says_what_was_predicted(
+    source: Path, folder: Path, tmp_path: Path
+) -> None:
+    step = planned(source, folder, ratio=0.4, allocation="per-layer")
+    out = run(recipe(source, folder, ratio=0.4, allocation="per-layer"), tmp_path / "out", Machine(1)).out
+    said = load_receipt(out)["steps"][0]
+    assert said["predicted_loss"] == step.predicted_loss
+    assert said["trust_remote_code"] is True
+    assert said["keep"]["ffn"] == [keep["ffn"] for keep in step.keep]
+    assert sum(file.stat().st_size for file in out.glob("*.safetensors")) == said["bytes"]
+
+
+def test_heads_that_are_given_stay_given(source: Path, folder: Path) -> None:
+    step = planned(source, folder, ratio=0.4, keep_heads=None, heads=0.5, allocation="per-layer")
+    assert {keep["heads"] for keep in step.keep} == {4}
+
+
+@pytest.mark.parametrize(
+    ("options", "measured", "words"),
+    [
+        ({"ratio": 0.3}, False, "per-layer needs measured cost curves"),
+        ({"ffn": 0.3}, True, "one budget for all layers: ratio, params or bytes; found ffn"),
+        ({}, True, "one budget for all layers: ratio, params or bytes; found none"),
+        ({"ratio": 0.8}, True, r"0.8000 cannot be reached: .*the smallest is 0.[67]"),
+        ({"params": "90M"}, True, "removes nothing"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    options: dict[str, object], measured: bool, words: str, source: Path, folder: Path
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        planned(source, folder if measured else None, allocation="per-layer", **options)
+    assert "\n" not in caught.value.message
+    if not measured:
+        assert "autoglm-compress sensitivity" in (caught.value.hint or "")
