@@ -129,6 +129,8 @@ def test_heads_that_the_proof_does_not_hold_for_are_refused_in_a_plan(models: di
         family = family_of(header)
         said = family.refuse(replace(family.sizes(header), heads=4), header.config)
         assert said is not None and said.startswith(f"query heads of this {kind} cannot be cut") and why in said
+    with pytest.raises(UserError, match="KV heads of a granite are not merged"):
+        prune(models["granite"], tmp_path / "merged", keep_kv_heads=1)
     with pytest.raises(UserError, match="query heads of this olmo2 cannot be cut"):
         prune(models["olmo2"], tmp_path / "out", keep_heads=4)
 

@@ -162,6 +162,9 @@ def _layers_left(
     if keep < len(layers) and (other := _another_dtype(before, family)):
         complain("keep_layers", other)
         return None
+    if fewer and family.traced:
+        complain("keep_kv_heads", f"KV heads of a {family.name} are not merged: no proof of that was tried")
+        return None
     if fewer:
         one = layers[0]
         one = replace(one, groups={**one.groups, KV_HEADS: kv_heads(one.sizes, one.shapes)})
@@ -171,7 +174,7 @@ def _layers_left(
 
 def _another_dtype(before: Header, family: Family) -> str | None:
     """Why not any layer can take the place of any other: two are stored in different dtypes."""
-    first, inside = family.prefix(0), f"{family.root}.layers."
+    first, inside = family.prefix(0), family.inside
     for name, spec in before.tensors.items():
         if name.startswith(inside):
             like = before.tensors.get(first + name.removeprefix(inside).partition(".")[2])
