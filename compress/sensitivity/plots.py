@@ -96,7 +96,8 @@ def losses(found: Sensitivity, group: str) -> Figure:
     for layer, part in frame.groupby("layer"):
         shown = part[part.gone > 0]
         axes.plot(shown.removed, shown.loss, color=DEPTH(norm(layer)), linewidth=0.9, marker=dots, markersize=3)
-        middles[layer] = float(np.interp(0.5, part.removed, part.loss))
+        middle = np.interp(0.5, shown.removed, np.log(shown.loss.clip(lower=1e-12)))  # on the line: the scale is a log
+        middles[layer] = float(np.exp(middle))
     _name_outliers(axes, middles, above=True)
     positive = frame[frame.loss > 0].loss
     if len(positive):
@@ -141,14 +142,13 @@ def predicted(outcomes: Sequence[Outcome]) -> Figure:
     figure = Picture(figsize=(5.6, 5.2), layout="constrained")
     axes = figure.subplots()
     points = [(one.predicted, one.measured) for one in outcomes]
-    values = [value for point in points for value in point if value > 0]
-    ends = (0.6 * min(values), 1.7 * max(values)) if values else (1e-3, 1.0)
+    values = [0.0, *(value for point in points for value in point)]
+    edge = 0.08 * (max(values) - min(values)) or 1.0
+    ends = (min(values) - (edge if min(values) < 0 else 0), max(values) + 2 * edge)
     axes.plot(ends, ends, color="0.6", linewidth=1, linestyle="--", label="measured as predicted")
     axes.plot(*zip(*points, strict=True), "o", color=COLORS["after"], markersize=6)
     for one, at in zip(outcomes, points, strict=True):
         axes.annotate(one.name, at, xytext=(7, -10), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
     axes.set_aspect("equal")

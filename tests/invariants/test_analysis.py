@@ -267,7 +267,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
     refused(2, "the model is quantized", str(quantized), *out)
     refused(2, "--data", str(source), *out, "--data", str(tmp_path / "no.txt"))
     refused(4, "the analysis needs about", str(source), *out, "--memory", "1MB")
-    capped = tiny.gemma3(tmp_path / "capped", final_logit_softcapping=2.0)
+    capped = tiny.gemma3_text(tmp_path / "capped", final_logit_softcapping=2.0)
     refused(2, "the gradient of the loss is needed", str(capped), *out)
     few = ["--samples", "1", "--length", "64"]
     assert main(["sensitivity", str(source), *out, *few, "-q"]) == 2

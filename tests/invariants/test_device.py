@@ -52,6 +52,18 @@ def test_prune(family: str, criterion: str, tmp_path: Path, main: Main) -> None:
     assert all(value.allclose(weights[0][key], rtol=1e-3, atol=1e-4) for key, value in weights[1].items())
 
 
+def test_sensitivity(tmp_path: Path, main: Main) -> None:
+    model = tiny.llama(tmp_path / "model")
+    work = ["sensitivity", str(model), *TEXT, "--criterion", "obs", "--no-pictures", "-o"]
+    code, said, products = on_gpu(*work, str(tmp_path / "gpu"))
+    assert code == 0, said
+    assert products > 20
+    assert main(*work, str(tmp_path / "cpu"), "-q", "--device", "cpu")[0] == 0
+    gpu, cpu = (load_file(tmp_path / name / "sensitivity.safetensors") for name in ("gpu", "cpu"))
+    # attention is plain products there and a fused kernel here
+    assert all(value.allclose(gpu[key], rtol=1e-2, atol=1e-6) for key, value in cpu.items() if "order" not in key)
+
+
 @pytest.mark.parametrize("format", ["w8a16", "w8a8"])
 def test_evaluate(format: str, tmp_path: Path, main: Main) -> None:
     model = tiny.llama(tmp_path / "model")
