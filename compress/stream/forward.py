@@ -162,7 +162,8 @@ class Stream:
                 module.set_submodule(name, self._linear(self.reader, child, prefix + name, self.dtype))
             else:
                 for key, _ in list(child.named_parameters(recurse=False)):
-                    assign(child, key, self.reader.tensor(f"{prefix}{name}.{key}", self.dtype))
+                    inside = f"{name}.{key}" if name else key
+                    assign(child, key, self.reader.tensor(prefix + inside, self.dtype))
         try:
             yield module
         finally:

@@ -40,10 +40,16 @@ def traced(config: Mapping[str, Any], known: tuple[str, ...]) -> Family:
         return _traced(text)
     except Unproved as why:
         raise UserError(f"config.json: model_type {found!r} is not supported: {why}") from None
+    except UserError:
+        raise
+    except Exception as error:  # stock code of any model, run in ways that its authors did not think of
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"config.json: model_type {found!r} is not supported: it cannot be traced, {said}") from error
 
 
 @lru_cache(maxsize=64)
 def _traced(config: str) -> Family:
+    from compress.stream.stock import stock_config
     from compress.trace.family import family_of_found
     from compress.trace.find import find
     from compress.trace.prove import prove
@@ -51,7 +57,10 @@ def _traced(config: str) -> Family:
 
     raw: dict[str, Any] = json.loads(config)
     check_class(raw)
-    little = smaller(raw)
-    found = find(instance(little), little)
-    proved = prove(found, little)
-    return family_of_found(proved, raw)
+    stock_config(raw)  # what is wrong with it is said of it, and not of the small instance
+    try:
+        little = smaller(raw)
+        found = prove(find(instance(little), little), little)
+    except UserError as error:
+        raise Unproved(f"a small instance of it fails: {error.message.removeprefix('config.json: ')}") from None
+    return family_of_found(found, raw)

@@ -22,6 +22,9 @@ Shapes = dict[str, tuple[int, ...]]
 def family_of_found(found: Found, config: Mapping[str, Any]) -> Family:
     """The family of a raw config in which `found` holds. Unproved where its layers are not all of one shape."""
     shapes, ffn = _layer_shapes(found, config)
+    said = config.get(found.ffn_key)
+    if type(said) is int and said != ffn:
+        raise Unproved(f"its FFN has {ffn} neurons, where {found.ffn_key} is {said}")
     base = read(config) | {"intermediate_size": ffn}
     heads, kv_heads, width = (base[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
 

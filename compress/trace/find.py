@@ -130,13 +130,17 @@ def _around(
     before: list[str] = []
     after: list[str] = []
     for name, module in decoder.named_children():
-        if module is stack or module is embedding or not any(True for _ in module.parameters()):
+        weighs = any(True for _ in module.parameters())
+        if module is stack or module is embedding or (not weighs and module not in order):
             continue
-        if module not in order or first < order.index(module) < last:
+        if weighs and (module not in order or first < order.index(module) < last):
             raise Unproved(f"its module {name} runs between its layers")
-        (after if order.index(module) > last else before).append(name)
+        if order.index(module) > last:
+            after.append(name)
+        elif weighs:
+            before.append(name)
     if len(after) != 1 or any(value.ndim != 1 for value in decoder.get_submodule(after[0]).parameters()):
-        raise Unproved(f"one norm with weights must follow its layers, found {', '.join(after) or 'none'}")
+        raise Unproved(f"one norm must follow its layers, found {', '.join(after) or 'none'}")
     return tuple(before), after[0]
 
 
@@ -177,6 +181,8 @@ def _coupled(child: nn.Module, reader: str, hidden: int) -> list[Coupled] | None
         seen: dict[tuple[str, int], list[int]] = {}
         for dependency, rows in graph.get_pruning_group(linear, torch_pruning.prune_linear_in_channels, idxs=[unit]):
             module = dependency.target.module
+            if not isinstance(module, nn.Module):
+                return None  # a parameter of its own
             if any(True for _ in module.parameters(recurse=False)):
                 if not isinstance(module, nn.Linear):
                     return None

@@ -72,9 +72,10 @@ def smaller(config: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": VOCAB,
     }
     made = stock_config(config)
-    if getattr(made, "num_key_value_heads", None) is not None:
+    said = made.to_dict()
+    if "num_key_value_heads" in said:
         changes["num_key_value_heads"] = groups if kv_heads < heads else few
-    if getattr(made, "head_dim", None) is not None:
+    if "head_dim" in said:
         changes["head_dim"] = head_dim
     if type(getattr(made, "intermediate_size", None)) is int:
         changes["intermediate_size"] = FFN
@@ -85,7 +86,8 @@ def smaller(config: Mapping[str, Any]) -> dict[str, Any]:
     lists = {
         k: v[:layers] for k, v in config.items() if isinstance(v, list) and len(v) == deep and k != "architectures"
     }
-    tokens = {key: None for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    marks = ("pad_token_id", "bos_token_id", "eos_token_id")
+    tokens = {key: index for index, key in enumerate(marks) if config.get(key) is not None or key in said}
     return {**config, **lists, **named, **tokens}
 
 
