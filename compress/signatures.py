@@ -232,6 +232,14 @@ class PruneKeywords(StepKeywords, total=False):
     """Share of the calibration windows that are kept back to choose the damping of each refit on, from 0.001 to 0.3;
     the refit itself then sees all of them.
     """
+    token_weights: str
+    """What calibration tokens weigh in all statistics: none (all the same) or norm (1 / mean square of the residual
+    stream that goes into the layer).
+    """
+    token_shares: dict[str, int] | str | None
+    """Share of the weight of all tokens that each kind of token has (text, prompt, answer), as in
+    prompt=0.4,answer=0.6; every kind that occurs must be named.
+    """
     force: bool
     """Prune even with fewer calibration tokens than a refitted matrix has columns."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from compress.data.builtin import PARAGRAPH, SHARES, builtin_parts, normalised
 from compress.data.chat import has_template
+from compress.data.kinds import PADDING, TOKEN_KINDS, occurring
 from compress.data.sample import sampling_memory
 from compress.data.sources import BYTES_A_TOKEN, check, commits, documents, expected_tokens, most_tokens
 from compress.data.spec import BUILTIN, KINDS, SELF, DataSpec, Part, counts, parse_sources, sources
@@ -17,10 +18,12 @@ __all__ = [
     "BUILTIN",
     "BYTES_A_TOKEN",
     "KINDS",
+    "PADDING",
     "PARAGRAPH",
     "SELF",
     "SHARES",
     "TOKENIZERS",
+    "TOKEN_KINDS",
     "DataSpec",
     "Part",
     "Tokens",
@@ -34,6 +37,7 @@ __all__ = [
     "has_template",
     "most_tokens",
     "normalised",
+    "occurring",
     "parse_sources",
     "sampling_memory",
     "sources",

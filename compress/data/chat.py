@@ -5,7 +5,8 @@ Only text is taken: content is a string or a list of text parts. Other keys of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from compress.errors import UserError
 
 # what a template writes around the text, generously: a system prompt of its own, and the marks of a message
 CHAT_BYTES, MESSAGE_BYTES = 512, 32
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,61 @@ def no_template(folder: Path, where: str) -> UserError:
 
 def render(found: Chat, tokenizer: Any, folder: Path) -> str:
     """The chat as its model sees it, whole, without a prompt for a next answer."""
+    return str(_applied(found, found.messages, tokenizer, folder))
+
+
+def answers(found: Chat, tokenizer: Any, folder: Path) -> list[tuple[int, int]]:
+    """Where in the rendered chat the model's own words stand: [start, end) in characters, ascending.
+
+    As the template marks them ({% generation %}), else from what it makes of the messages up to each answer: an answer
+    begins where the prompt for it ends and ends with its message, the mark of its end included. UserError where that
+    cannot be told, because the template writes earlier messages otherwise once later ones follow.
+    """
+    if _MARKED.search(str(tokenizer.chat_template)):
+        return _marked(found, tokenizer, folder)
+    whole, spans = render(found, tokenizer, folder), []
+    for index, message in enumerate(found.messages):
+        if message["role"] != "assistant":
+            continue
+        asked, before, after = (
+            str(_applied(found, found.messages[:end], tokenizer, folder, add_generation_prompt=prompt)) if end else ""
+            for end, prompt in ((index, True), (index, False), (index + 1, False))
+        )
+        if not (whole.startswith(before) and whole.startswith(after)):
+            raise UserError(
+                f"{found.where}, message {index + 1}: where this answer begins and ends cannot be told, because the "
+                "chat template writes it otherwise once other messages follow",
+                hint="give conversations with one answer, or mark answers in the template with {% generation %}",
+            )
+        # a prompt may hold what this answer lacks, as the beginning of a thought
+        shared = next((at for at, pair in enumerate(zip(asked, after, strict=False)) if pair[0] != pair[1]), len(asked))
+        spans.append((min(max(len(before), shared), len(after)), len(after)))
+    return spans
+
+
+def _marked(found: Chat, tokenizer: Any, folder: Path) -> list[tuple[int, int]]:
+    how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    tokens = _applied(
+        found, found.messages, tokenizer, folder, **how, tokenizer_kwargs={"return_offsets_mapping": True}
+    )
+    pairs = zip(tokens["assistant_masks"], tokens["offset_mapping"], strict=True)
+    return [(start, end) for own, (start, end) in pairs if own]
+
+
+def _applied(
+    found: Chat,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    folder: Path,
+    *,
+    tokenize: bool = False,
+    **how: Any,
+) -> Any:
+    """What the template makes of some of the chat's messages."""
     if not tokenizer.chat_template:
         raise no_template(folder, found.where)
     try:
-        text = tokenizer.apply_chat_template([dict(message) for message in found.messages], tokenize=False)
+        return tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=tokenize, **how)
     except Exception as error:  # a template is a program: it refuses with jinja's errors or dies of any other
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{found.where}: the chat template refuses these messages ({line})") from None
-    return str(text)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.headers import read_json
-from compress.data.chat import render
+from compress.data.chat import Document, render
+from compress.data.kinds import TEXT, characters, check_offsets, count_of, of_tokens
 from compress.data.sample import TEMPERATURE, TOP_P, sample
 from compress.data.sources import check_self, hub_limit, read
 from compress.data.spec import SELF, DataSpec, Part, counts
@@ -30,18 +31,22 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 class Tokens:
     """`ids`: int64 windows [N, length]. `digest`: sha256 of the text (of the ids, where a model sampled them; of the
     digests, where there are several sources). `tokens`: of the whole text, before windows were chosen. `note`: one line
-    on what was taken from where. `revisions`: the commits of hub datasets, by source."""
+    on what was taken from where. `revisions`: the commits of hub datasets, by source. `kinds`: what each token is, [N,
+    length], codes of TOKEN_KINDS; None where nobody asked."""
 
     ids: npt.NDArray[np.int64]
     digest: str
     tokens: int
     note: str
     revisions: Mapping[str, str] = field(default_factory=dict)
+    kinds: npt.NDArray[np.int8] | None = None
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a receipt says of the text: `digest`, and `revisions` where there are any."""
-        return {"digest": self.digest} | ({"revisions": dict(self.revisions)} if self.revisions else {})
+        """What a receipt says of the text: `digest`; `revisions`, and tokens of each kind, where there are any."""
+        found: dict[str, Any] = {"digest": self.digest}
+        found |= {"revisions": dict(self.revisions)} if self.revisions else {}
+        return found if self.kinds is None else found | {"kinds": count_of(self.kinds)}
 
 
 def windows(
@@ -51,6 +56,7 @@ def windows(
     seed: int,
     *,
     model: Path | None = None,
+    kinds: bool = False,
     progress: Progress | None = None,
 ) -> Tokens:
     """Windows of `spec.length` tokens of the tokenizer in `folder`: consecutive, disjoint, the rest is dropped.
@@ -65,20 +71,26 @@ def windows(
     """
     import numpy as np
 
-    maker = _Maker(spec.length, part, seed, folder, model or folder, tokenizer_of(folder), progress or Silent())
+    tokenizer = tokenizer_of(folder)
+    if kinds:
+        check_offsets(tokenizer, folder)
+    maker = _Maker(spec.length, part, seed, folder, model or folder, tokenizer, kinds, progress or Silent())
     found = [maker.windows(source, count) for source, count in counts(spec).items()]
     if len(found) == 1:
         return found[0]
     ids = np.concatenate([tokens.ids for tokens in found])
+    order = np.arange(len(ids))
     if part != "evaluation":
-        ids = ids[np.random.Generator(np.random.PCG64(seed)).permutation(len(ids))]
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(ids))
+    told = [tokens.kinds for tokens in found if tokens.kinds is not None]
     together = "\n".join(f"{tokens.digest} {len(tokens.ids)}" for tokens in found)
     return Tokens(
-        ids,
+        ids[order],
         hashlib.sha256(together.encode()).hexdigest(),
         sum(tokens.tokens for tokens in found),
         "; ".join(tokens.note for tokens in found),
         {source: commit for tokens in found for source, commit in tokens.revisions.items()},
+        np.concatenate(told)[order] if told else None,
     )
 
 
@@ -92,6 +104,7 @@ class _Maker:
     folder: Path
     model: Path
     tokenizer: Any
+    kinds: bool
     progress: Progress
 
     def windows(self, source: str, samples: int | None) -> Tokens:
@@ -102,15 +115,38 @@ class _Maker:
         texts = [d if isinstance(d, str) else render(d, self.tokenizer, self.folder) for d in text.documents]
         # a chat template writes the special tokens that a text begins with
         special = self.part == "evaluation" and all(isinstance(d, str) for d in text.documents)
-        stream = _encode(texts, self.tokenizer, self.folder, special)
+        stream, kinds = self._encode(texts, special, text.documents)
         chosen, how = self._chosen(source, len(stream), samples)
         _check_vocabulary(stream, self.folder)
         origin = source if text.revision is None else f"{source} at {text.revision[:12]}"
         tokens = f"{len(stream)} tokens" if text.whole else f"{len(stream)} tokens from its beginning"
         note = f"{self.part}: {len(chosen)} of {how}, from {origin} ({tokens})"
-        ids = stream[: len(stream) // self.length * self.length].reshape(-1, self.length)[chosen]
         revisions = {} if text.revision is None else {source: text.revision}
-        return Tokens(ids, _digest(texts), len(stream), note, revisions)
+        told = None if kinds is None else self._cut(kinds)[chosen]
+        return Tokens(self._cut(stream)[chosen], _digest(texts), len(stream), note, revisions, told)
+
+    def _cut(self, stream: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """[tokens] -> [windows, length]"""
+        return stream[: len(stream) // self.length * self.length].reshape(-1, self.length)
+
+    def _encode(
+        self, texts: Sequence[str], special: bool, documents: Sequence[Document]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8] | None]:
+        """One stream of token ids, documents joined by the tokenizer's end-of-sequence token; and the kind of each."""
+        import numpy as np
+
+        tokenizer = self.tokenizer
+        if len(texts) > 1 and not isinstance(tokenizer.eos_token, str):
+            said = f"{self.folder}: the tokenizer has no eos_token to put between documents"
+            raise UserError(said, hint="use a .txt file")
+        between = (tokenizer.eos_token or "") if len(texts) > 1 else ""
+        how = {"return_offsets_mapping": True} if self.kinds else {}
+        found = tokenizer(between.join(texts), add_special_tokens=special, verbose=False, **how)
+        ids = np.asarray(found["input_ids"], dtype=np.int64)
+        if not self.kinds:
+            return ids, None
+        kinds = characters(documents, texts, between, tokenizer, self.folder)
+        return ids, of_tokens(kinds, found["offset_mapping"])
 
     def _chosen(self, source: str, tokens: int, samples: int | None) -> tuple[npt.NDArray[np.int64], str]:
         """Which of the windows in a stream of `tokens` are taken, and in words out of which and how."""
@@ -129,12 +165,15 @@ class _Maker:
         return chosen, f"{count} windows x {self.length} tokens, chosen with seed {self.seed}"
 
     def _sampled(self, samples: int) -> Tokens:
+        import numpy as np
+
         ids = sample(self.model, self.tokenizer, samples, self.length, self.seed, self.progress)
         note = (
             f"{self.part}: {samples} windows x {self.length} tokens sampled by the model itself with seed {self.seed} "
             f"(temperature {TEMPERATURE:g}, top-p {TOP_P:g})"
         )
-        return Tokens(ids, hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(), ids.size, note)
+        kinds = np.full(ids.shape, TEXT, dtype=np.int8) if self.kinds else None
+        return Tokens(ids, hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(), ids.size, note, kinds=kinds)
 
 
 def evenly_spaced(count: int, taken: int) -> npt.NDArray[np.int64]:
@@ -154,17 +193,6 @@ def evenly_spaced(count: int, taken: int) -> npt.NDArray[np.int64]:
 
 def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(b"\0".join(text.encode() for text in texts)).hexdigest()
-
-
-def _encode(texts: Sequence[str], tokenizer: Any, folder: Path, special: bool) -> npt.NDArray[np.int64]:
-    """One stream of token ids; documents are joined by the tokenizer's end-of-sequence token."""
-    import numpy as np
-
-    if len(texts) > 1 and not isinstance(tokenizer.eos_token, str):
-        raise UserError(f"{folder}: the tokenizer has no eos_token to put between documents", hint="use a .txt file")
-    text = (tokenizer.eos_token or "").join(texts) if len(texts) > 1 else texts[0]
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return np.asarray(ids, dtype=np.int64)
 
 
 def tokenizer_of(folder: Path) -> Any:

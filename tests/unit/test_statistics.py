@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.stream import Statistic
-from compress.stream.statistics import KINDS, Gathered
+from compress.stream.statistics import KINDS, Cross, Gathered, gathering
 from tests.brute import statistics
 
 UNITS, WIDTH = 5, 3
@@ -58,3 +58,58 @@ def test_the_variance_of_what_is_far_from_zero_is_not_lost() -> None:
     torch.testing.assert_close(gathered.results()["variance"], expected, rtol=1e-3, atol=0)
     naive = given.flatten(0, 1).square().mean(0) - given.flatten(0, 1).mean(0).square()
     assert not torch.allclose(naive, expected, rtol=0.1)
+
+
+def weights(windows: int = 7, length: int = 11) -> torch.Tensor:
+    """[windows, length] from 0 to large: some tokens weigh nothing, one whole window among them."""
+    drawn = torch.rand(windows, length, generator=torch.Generator().manual_seed(1)) * 50
+    drawn[drawn < 15] = 0
+    drawn[2] = 0
+    return drawn
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_weighted_they_are_those_of_all_tokens(batch: int) -> None:
+    given, weighing = inputs(), weights()
+    gathered = Gathered(set(KINDS), UNITS, WIDTH)
+    for part, own in zip(given.split(batch), weighing.split(batch), strict=True):
+        gathered.add(part, own)
+    expected = statistics(given, WIDTH, weighing)
+    for kind, value in gathered.results().items():
+        torch.testing.assert_close(value, expected[kind], rtol=1e-5, atol=1e-6, msg=lambda said, kind=kind: kind + said)
+        assert not torch.allclose(value, statistics(given, WIDTH)[kind], rtol=1e-2)
+
+
+def test_tokens_of_weight_zero_are_as_good_as_absent() -> None:
+    given, kept = inputs(), 8
+    padded, cut = (Gathered(set(KINDS), UNITS, WIDTH) for _ in range(2))
+    weighing = torch.ones(given.shape[:2])
+    weighing[:, kept:] = 0
+    padded.add(given, weighing)
+    cut.add(given[:, :kept])
+    found = padded.results()
+    for kind, value in cut.results().items():
+        torch.testing.assert_close(found[kind], value, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_statistics_are_weighted_as_well() -> None:
+    given, wanted, weighing = inputs(), inputs()[..., :4].flip(1), weights()
+    found = Cross(4, UNITS * WIDTH, "cpu")
+    for part, want, own in zip(given.split(2), wanted.split(2), weighing.split(2), strict=True):
+        found.add(part, want, own)
+    gram, product, energy = found.result()
+    x, y, w = given.flatten(0, 1).double(), wanted.flatten(0, 1).double(), weighing.flatten().double()[:, None]
+    torch.testing.assert_close(gram, (x.T @ (w * x) / w.sum()).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(product, (y.T @ (w * x) / w.sum()).float(), rtol=1e-5, atol=1e-6)
+    assert energy == pytest.approx(float((w * y.square()).sum() / w.sum()), rel=1e-6)
+
+
+def test_hooks_take_the_weights_of_the_windows_that_pass() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(UNITS * WIDTH, 2))
+    given, weighing = inputs(), weights()
+    gathered = Gathered({"gram"}, UNITS, WIDTH)
+    with gathering(layer, {"0": gathered}, weighing):
+        for part in given.split(3):
+            layer(part)
+    expected = statistics(given, WIDTH, weighing)["gram"]
+    torch.testing.assert_close(gathered.results()["gram"], expected, rtol=1e-5, atol=1e-6)

@@ -18,8 +18,8 @@ from compress.arch.kv import K_NORM
 from compress.arch.layer import QKV, QKV_FUSED
 from compress.arch.rope import INTERLEAVED, Orders, arranged, rotary_rows
 from compress.checkpoint.headers import Header
-from compress.limits import BATCH_TOKENS
 from compress.solve import Refit, damping_vector, refit_to
+from compress.stream.fed import Fed
 from compress.stream.forward import Stream
 from compress.stream.statistics import Cross, Gram
 
@@ -225,21 +225,20 @@ class Merger:
         original: Mapping[str, torch.Tensor],
         tensors: Mapping[str, torch.Tensor],
         stay: torch.Tensor | None,
-        hidden: torch.Tensor | None,
+        fed: Fed | None,
         orders: Orders,
     ) -> tuple[dict[str, torch.Tensor], dict[str, float] | None]:
         """The layer `tensors` with its KV heads merged, and the errors of the refit, relative to the output of o_proj.
 
         place: the layer in the source and in the result. original: its tensors in the source, tensors: with the
-        `stay` [H] query heads alone (None: all). hidden [N, L, hidden]: what goes into it. orders: of rotary rows in
-        the result.
+        `stay` [H] query heads alone (None: all). fed: what goes into it. orders: of rotary rows in the result.
         """
         source, sizes, device = place[0], self.sizes, self.before.device
         stay = torch.arange(sizes.heads, device=device) if stay is None else stay
         heads = read_heads(tensors, stay // sizes.group_size, sizes.kv_heads, sizes.head_dim)
         if self.method == ALIGNED:
-            assert hidden is not None
-            inputs = self._inputs(source, original, hidden)
+            assert fed is not None
+            inputs = self._inputs(source, original, fed)
             pairs = rotating_pairs(self.before, self.header, source, tensors.keys())
             made = aligned_heads(heads, self.keep, inputs[: heads.q.shape[2], : heads.q.shape[2]], pairs)
         else:
@@ -247,25 +246,27 @@ class Merger:
         new = write_heads(tensors, made)
         if self.refit is None:
             return new, None
-        assert hidden is not None
-        found = self._refitted(place, original, new, hidden, orders)
+        assert fed is not None
+        found = self._refitted(place, original, new, fed, orders)
         new[f"{OUT}.weight"] = found.weight.to(new[f"{OUT}.weight"].dtype)
         return new, {"error": found.error, "error_without_refit": found.error_before}
 
-    def _inputs(self, source: int, original: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    def _inputs(self, source: int, original: Mapping[str, torch.Tensor], fed: Fed) -> torch.Tensor:
         """The Gram matrix [hidden + 1, hidden + 1] of what the projections read, with a one behind each token."""
-        gram = Gram(hidden.shape[-1] + 1, 1, self.before.device)
+        gram = Gram(fed.hidden.shape[-1] + 1, 1, self.before.device)
+        weights: list[torch.Tensor | None] = []
 
         def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             del module
             read = args[0].float()
-            gram.add(torch.cat([read, torch.ones_like(read[..., :1])], dim=-1))
+            gram.add(torch.cat([read, torch.ones_like(read[..., :1])], dim=-1), weights.pop())
             raise _Enough
 
         reader = QKV_FUSED if f"{QKV_FUSED}.weight" in original else QKV[0]
         with self.before.layer_from(source, original) as layer:
             handle = layer.get_submodule(reader).register_forward_pre_hook(see)
-            for part in _batches(hidden):
+            for part in fed.batches():
+                weights.append(part.weights_on(self.before.device))
                 _until_enough(self.before, layer, part)
             handle.remove()
         return gram.result()
@@ -275,13 +276,14 @@ class Merger:
         place: tuple[int, int],
         original: Mapping[str, torch.Tensor],
         new: Mapping[str, torch.Tensor],
-        hidden: torch.Tensor,
+        fed: Fed,
         orders: Orders,
     ) -> Refit:
         """o_proj of the merged layer, such that it gives what the original gave: both run side by side."""
         source, index = place
         weight = new[f"{OUT}.weight"].float()
         cross, last = Cross(len(weight), weight.shape[1], self.before.device), []
+        weights: list[torch.Tensor | None] = []
 
         def wanted(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             del args
@@ -291,7 +293,7 @@ class Merger:
 
         def seen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             del module
-            cross.add(args[0].float(), last.pop())
+            cross.add(args[0].float(), last.pop(), weights.pop())
             raise _Enough
 
         placed = {name: arranged(name, value, orders) for name, value in new.items()}
@@ -300,7 +302,8 @@ class Merger:
                 one.get_submodule(OUT).register_forward_hook(wanted),
                 other.get_submodule(OUT).register_forward_pre_hook(seen),
             ]
-            for part in _batches(hidden):
+            for part in fed.batches():
+                weights.append(part.weights_on(self.before.device))
                 _until_enough(self.before, one, part)
                 _until_enough(self.after, other, part)
             for handle in handles:
@@ -310,10 +313,6 @@ class Merger:
         return refit_to(weight, gram, product, energy, damping_vector(gram, self.refit), f"layer {source} {OUT}")
 
 
-def _batches(hidden: torch.Tensor) -> list[torch.Tensor]:
-    return list(hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])))
-
-
-def _until_enough(stream: Stream, layer: nn.Module, hidden: torch.Tensor) -> None:
+def _until_enough(stream: Stream, layer: nn.Module, fed: Fed) -> None:
     with suppress(_Enough):
-        stream.advance(layer, hidden, keep=False)
+        stream.advance(layer, fed.hidden, keep=False)

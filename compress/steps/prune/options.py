@@ -12,12 +12,15 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from compress.arch import FLAVOURS
 from compress.criteria import CRITERIA
+from compress.data import PADDING, TOKEN_KINDS
 from compress.limits import DAMPINGS
 from compress.steps.types import StepOptions, one_of
 
 ALLOCATIONS = (UNIFORM, PER_LAYER) = ("uniform", "per-layer")
 NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+SHARED = tuple(name for name in TOKEN_KINDS if name != TOKEN_KINDS[PADDING])  # kinds of tokens that can have a share
+TOKEN_WEIGHTS = ("none", "norm")
 SIZES = {"": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "I")}
 
 
@@ -80,6 +83,33 @@ def _widths(found: Any) -> Any:
     return dict(given)
 
 
+def _token_shares(found: Any) -> Any:
+    """A map, or text with commas between: kinds of tokens and their shares of the weight."""
+    if found is None:
+        return None
+    pairs: list[Any] = list(found.items()) if isinstance(found, Mapping) else []
+    if isinstance(found, str):
+        pairs = [[side.strip() for side in each.split("=")] for each in found.split(",")]
+    wrong = ValueError(f"found {found!r}, allowed: a map of kinds to shares, or text such as prompt=0.4,answer=0.6")
+    if not pairs or not all(len(pair) == 2 for pair in pairs):
+        raise wrong
+    shares: dict[str, float] = {}
+    for name, share in pairs:
+        if name not in SHARED:
+            raise ValueError(f"unknown kind of token '{name}', allowed: {', '.join(SHARED)}")
+        if name in shares:
+            raise ValueError(f"{name} stands twice")
+        try:
+            shares[name] = float(share)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if isinstance(share, bool) or not 0 <= shares[name] < math.inf:
+            raise ValueError(f"the share of {name} is {share!r}, allowed: a number, 0 or above")
+    if not any(shares.values()):
+        raise ValueError(f"found {found!r}, where nothing has a share")
+    return shares
+
+
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 Patterns = Annotated[
     tuple[str, ...] | None,
@@ -93,6 +123,23 @@ Widths = Annotated[
         {
             "anyOf": [
                 {"type": "object", "additionalProperties": {"type": "integer", "exclusiveMinimum": 0}},
+                _TEXT,
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+TokenShares = Annotated[
+    dict[str, float] | None,
+    BeforeValidator(_token_shares),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {name: {"type": "number", "minimum": 0} for name in SHARED},
+                    "additionalProperties": False,
+                },
                 _TEXT,
                 {"type": "null"},
             ]
@@ -190,6 +237,16 @@ class PruneOptions(StepOptions):
         None,
         description="Share of the calibration windows that are kept back to choose the damping of each refit on, from "
         f"{DAMPINGS[0]} to {DAMPINGS[-1]}; the refit itself then sees all of them.",
+    )
+    token_weights: Annotated[str, *one_of("token weights", TOKEN_WEIGHTS)] = Field(
+        "none",
+        description="What calibration tokens weigh in all statistics: none (all the same) or norm (1 / mean square of "
+        "the residual stream that goes into the layer).",
+    )
+    token_shares: TokenShares = Field(
+        None,
+        description=f"Share of the weight of all tokens that each kind of token has ({', '.join(SHARED)}), as in "
+        "prompt=0.4,answer=0.6; every kind that occurs must be named.",
     )
     force: bool = Field(
         False, description="Prune even with fewer calibration tokens than a refitted matrix has columns."

@@ -23,6 +23,7 @@ from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.choose import choose
 from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.shares import weight_notes
 from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own
 from compress.steps.types import Complain, PlanContext, StepPlan
 
@@ -121,6 +122,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *first.notes,
             *_refit_note(options, decoder, keep, context, complain),
+            *weight_notes(options, context.data["calibration"], complain),
             *([] if curves is None or loss is None else _measured_notes(curves, loss)),
         ),
         made_with={} if curves is None else {KEY: curves.digest},

@@ -33,9 +33,11 @@ from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
+from compress.steps.prune.weights import TokenWeights, held_share
 from compress.steps.types import Job, Outcome
 from compress.stream import GRADIENTS, Statistic
 from compress.stream.backward import Found
+from compress.stream.fed import Fed
 from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
 
@@ -44,8 +46,10 @@ PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 def run(job: Job) -> Outcome:
     """Prune `job.source` into `job.target`, in the format of `job.pack` if a quantize step is done with it."""
-    tokens = windows(job.data["calibration"], "calibration", job.source, job.seed, progress=job.progress)
+    asked = cast(PruneOptions, job.plan.options).token_shares is not None
+    tokens = windows(job.data["calibration"], "calibration", job.source, job.seed, kinds=asked, progress=job.progress)
     job.progress.note(tokens.note)
+    weights = TokenWeights(cast(PruneOptions, job.plan.options), tokens.kinds)
     ids = torch.from_numpy(tokens.ids)
     before, tensors = job.plan.before, (job.pack or job.plan).after.tensors.values()
     with (
@@ -57,7 +61,7 @@ def run(job: Job) -> Outcome:
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
         options = cast(PruneOptions, plan.options)
-        pruner = _Pruner(job, plan, options, depth, reader, streamed, writer)
+        pruner = _Pruner(job, plan, options, depth, weights, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         logits = pruner.run(ids, probe_ids)
@@ -100,12 +104,13 @@ class _Pruner:
         plan: PrunePlan,
         options: PruneOptions,
         depth: Depth | None,
+        weights: TokenWeights,
         reader: Reader,
         streamed: Reader,
         writer: Writer,
     ) -> None:
         self.job, self.plan, self.options, self.depth = job, plan, options, depth
-        self.reader, self.streamed, self.writer = reader, streamed, writer
+        self.weights, self.reader, self.streamed, self.writer = weights, reader, streamed, writer
         self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
@@ -224,7 +229,8 @@ class _Pruner:
         heads; returns its tensors, by their names inside it."""
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         tensors, groups = original, self.groups[place]
-        found, held = self._statistics(index, groups, tensors, hidden) if hidden is not None else ({}, {})
+        fed = None if hidden is None else Fed(hidden, self.weights.of(hidden))
+        found, held = self._statistics(index, groups, tensors, fed) if fed is not None else ({}, {})
         picked: dict[str, Chosen] = {}
         for group in groups:
             what = f"layer {index} {group.name}"
@@ -256,7 +262,7 @@ class _Pruner:
         self.chosen.append(picked)
         if self.merger is not None:
             stay = picked["heads"].keep if "heads" in picked else None
-            tensors, errors = self.merger.merge((index, place), original, tensors, stay, hidden, self.orders[place])
+            tensors, errors = self.merger.merge((index, place), original, tensors, stay, fed, self.orders[place])
             self.merged |= {} if errors is None else {str(index): errors}
         return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
 
@@ -275,21 +281,23 @@ class _Pruner:
         return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
 
     def _statistics(
-        self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
+        self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], fed: Fed
     ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut]]:
         """What is wanted of the readers' inputs, by group; and of the held-out windows, the last ones, their Gram."""
         if not groups:
             return {}, {}
         gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
         readers = {g.reader: gathered[g.name] for g in groups}
-        back = round((self.options.held_out or 0) * len(hidden)) if self.options.refit else 0
+        back = round((self.options.held_out or 0) * len(fed)) if self.options.refit else 0
+        first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
         kept_back = {g.name: Gathered({"gram"}, g.units, g.width, self.streamed.device) for g in groups if back}
-        with self.before.layer_from(index, tensors) as layer, gathering(layer, readers):
-            self.before.advance(layer, hidden[: len(hidden) - back], keep=False)
+        with self.before.layer_from(index, tensors) as layer, gathering(layer, readers, fed.weights):
+            self.before.advance(layer, first.hidden, keep=False)
             if back:
-                with gathering(layer, {g.reader: kept_back[g.name] for g in groups}):
-                    self.before.advance(layer, hidden[-back:], keep=False)
-        held = {name: HeldOut(each.results()["gram"], back / len(hidden)) for name, each in kept_back.items()}
+                with gathering(layer, {g.reader: kept_back[g.name] for g in groups}, last.weights):
+                    self.before.advance(layer, last.hidden, keep=False)
+        share = held_share(fed, back)
+        held = {name: HeldOut(each.results()["gram"], share) for name, each in kept_back.items()}
         return {name: each.results() for name, each in gathered.items()}, held
 
 
