@@ -72,6 +72,7 @@ HEAVY = {
     "compress.steps.distill.saved",
     "compress.steps.distill.trainer",
     "compress.steps.evaluate.run",
+    "compress.steps.prune.coupled",
     "compress.steps.prune.depth",
     "compress.steps.prune.gradients",
     "compress.steps.prune.kv",

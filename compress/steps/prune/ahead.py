@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from compress.arch import Family, Sizes
+from compress.arch.family import QKV_FUSED
 from compress.checkpoint.headers import Header
 from compress.criteria import CRITERIA
 from compress.data import expected_tokens
@@ -12,7 +14,7 @@ from compress.errors import size
 from compress.limits import BATCH_TOKENS, TAPE_BYTES, VOCAB_BYTES, vocab_rows
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain, PlanContext
-from compress.stream import GRADIENTS
+from compress.stream import GRADIENTS, WHOLE
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,21 @@ class Ahead:
 
 
 def ahead(
-    options: PruneOptions, before: Header, family: Family, layer: int, context: PlanContext, complain: Complain
+    options: PruneOptions,
+    before: Header,
+    family: Family,
+    layer: int,
+    cut: Collection[str],
+    context: PlanContext,
+    complain: Complain,
 ) -> Ahead:
-    """What `options.criterion` takes first. `layer`: parameters of the largest layer."""
+    """What `options.criterion` takes first. `layer`: parameters of the largest layer; `cut`: groups that lose units."""
     needs = CRITERIA[options.criterion].needs
-    if not needs & GRADIENTS or options.from_sensitivity is not None:
+    if options.from_sensitivity is not None:
+        return Ahead()
+    if needs & WHOLE:
+        return _whole(options, before, family, cut, context, complain)
+    if not needs & GRADIENTS:
         return Ahead()
     if (beside := family.head_beside(before.text_config)) is not None:
         complain("criterion", f"{options.criterion} needs the gradient of the loss, which knows none of this: {beside}")
@@ -43,6 +55,34 @@ def ahead(
     where = f"; its layers' inputs lie on the disk meanwhile ({size(outside)})" if outside else ""
     note = f"{options.criterion}: first a backward pass of the dense model, {windows} x {data.length} tokens{where}"
     return Ahead(alive, outside, (note,))
+
+
+def _whole(
+    options: PruneOptions,
+    before: Header,
+    family: Family,
+    cut: Collection[str],
+    context: PlanContext,
+    complain: Complain,
+) -> Ahead:
+    """The stock model in float32, with gradients where the criterion takes them, and one window's graph of it all."""
+    config, sizes, data = before.text_config, family.sizes(before), context.data["calibration"]
+    reasons = {
+        "stock transformers does not load it": family.stock is not None,
+        "heads whose q, k and v are one matrix": "heads" in cut
+        and f"{QKV_FUSED}.weight" in family.layer(sizes, config),
+        "heads with rotary embeddings of several axes": "heads" in cut and family.text != "model",
+    }
+    wrong = ", ".join(reason for reason, holds in reasons.items() if holds)
+    if wrong:
+        complain("criterion", f"Torch-Pruning's graph is of no use for this {family.name}: {wrong}")
+    slopes = options.criterion == "tp-taylor"
+    parameters = sum(spec.parameters for spec in before.tensors.values())
+    attention = 3 * sizes.heads * data.length**2
+    layer = attention + data.length * (8 * sizes.ffn + 10 * sizes.heads * sizes.head_dim + 16 * sizes.hidden)
+    window = 4 * (sizes.layers * layer + 4 * data.length * sizes.vocab) if slopes else 0
+    note = f"{options.criterion}: first the whole stock model is held in float32{', with its gradients' * slopes}"
+    return Ahead((8 if slopes else 4) * parameters + window, 0, (note,))
 
 
 def _graph(sizes: Sizes, length: int) -> int:
