@@ -55,7 +55,7 @@ def layers_left(
             complain(key, "not where layers differ in width, by 'protect', 'pin' or in the model as it is")
             return None
     if fewer and family.traced:
-        complain("keep_kv_heads", f"KV heads of a {family.name} are not merged: no proof of that was tried")
+        complain(_kv_key(options), f"KV heads of a {family.name} are not merged: no proof of that was tried")
         return None
     if keep < len(layers) and (other := _another_dtype(before, family)):
         complain("keep_layers", other)
