@@ -234,7 +234,7 @@ class Merger:
         `stay` [H] query heads alone (None: all). fed: what goes into it. orders: of rotary rows in the result.
         """
         source, sizes, device = place[0], self.sizes, self.before.device
-        stay = torch.arange(sizes.heads, device=device) if stay is None else stay
+        stay = torch.arange(sizes.heads, device=device) if stay is None else stay.to(device)
         heads = read_heads(tensors, stay // sizes.group_size, sizes.kv_heads, sizes.head_dim)
         if self.method == ALIGNED:
             assert fed is not None
