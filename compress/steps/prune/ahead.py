@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from compress.arch import Family, Sizes
-from compress.arch.family import QKV_FUSED
+from compress.arch.layer import QKV_FUSED
 from compress.checkpoint.headers import Header
 from compress.criteria import CRITERIA
 from compress.data import expected_tokens

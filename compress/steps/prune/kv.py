@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from compress.arch.family import QKV, QKV_FUSED, Family
+from compress.arch.family import Family
 from compress.arch.kv import K_NORM
+from compress.arch.layer import QKV, QKV_FUSED
 from compress.arch.rope import INTERLEAVED, Orders, arranged, rotary_rows
 from compress.checkpoint.headers import Header
 from compress.solve import Refit, damping_vector, refit_to

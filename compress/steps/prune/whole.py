@@ -54,6 +54,9 @@ def layers_left(
         if less and (options.protect or options.pin or len(set(map(id, layers))) > 1):
             complain(key, "not where layers differ in width, by 'protect', 'pin' or in the model as it is")
             return None
+    if fewer and family.traced:
+        complain(_kv_key(options), f"KV heads of a {family.name} are not merged: no proof of that was tried")
+        return None
     if keep < len(layers) and (other := _another_dtype(before, family)):
         complain("keep_layers", other)
         return None
@@ -110,7 +113,7 @@ def _kv_heads(
 
 def _another_dtype(before: Header, family: Family) -> str | None:
     """Why not any layer can take the place of any other: two are stored in different dtypes."""
-    first, inside = family.prefix(0), f"{family.root}.layers."
+    first, inside = family.prefix(0), family.inside
     for name, spec in before.tensors.items():
         if name.startswith(inside):
             like = before.tensors.get(first + name.removeprefix(inside).partition(".")[2])
