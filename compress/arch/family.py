@@ -109,6 +109,8 @@ class Family:
     vllm: what loads it in vLLM, where that was run and compared (docs/families.md); None where it was not.
     skip: module-name prefixes that quantization leaves alone.
     head_beside: what the model does with logits beside the product of hidden states and output matrix, or None.
+    vision: module path of the vision tower that images of a calibration go through, named so on disk as well; None:
+    calibrated on text alone.
     layered: whether its layers may differ in width: its stock layer class takes a config and an index.
     """
 
@@ -130,6 +132,7 @@ class Family:
     defaults: Mapping[str, int] = field(default_factory=dict)
     head_beside: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     layered: bool = False
+    vision: str | None = None
 
     @property
     def loaders(self) -> tuple[str, ...]:

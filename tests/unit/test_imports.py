@@ -86,6 +86,7 @@ HEAVY = {
     "compress.stream.statistics",
     "compress.stream.stock",
     "compress.stream.tape",
+    "compress.stream.vision",
 }
 LIBRARIES = {"torch", "transformers", "accelerate", "bitsandbytes", "datasets", "matplotlib", "pandas"}
 
