@@ -41,6 +41,7 @@ from compress.sensitivity import Sensitivity, load_sensitivity, optional
 from compress.sensitivity.measure import Measured, Settings, measure
 from compress.steps.prune.measuring import SensitivityOptions
 from compress.steps.sampling import authors_of
+from compress.stream import WHOLE
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ def _asked(model: str, data: DataSpec, options: SensitivityOptions, seed: int, p
     lines = check_shapes(source.folder, family, header)
     if is_quantized(header):
         lines = [f"{source.name}: the model is quantized; measure the one it was made from"]
+    if CRITERIA[options.criterion].needs & WHOLE:
+        lines.append(f"--criterion: {options.criterion} holds the whole model in memory; the analysis streams it")
     if (beside := family.head_beside(header.text_config)) is not None:
         lines.append(f"{source.name}: the gradient of the loss is needed, and it knows none of this: {beside}")
     hint = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from compress.arch import FAMILIES, FLAVOURS, Family, Sizes, described, family_of
+from compress.arch import FLAVOURS, Family, Sizes, described, family_of
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.source import locate
@@ -43,6 +43,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
         "model": source.name,
         "model_type": family.model_type,
         "architecture": family.architecture,
+        "traced": family.traced,
         "trust_remote_code": is_per_layer(header.config),
         "format": stored.name,
         "dtype": header.dtype,
@@ -61,7 +62,7 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
 
 def _head_cuts(header: Header, family: Family, sizes: Sizes) -> list[dict[str, Any]]:
     """One row for every label that fewer heads may get, with the counts that get it."""
-    found: dict[tuple[str, str], list[int]] = {}  # family and flavour -> counts
+    found: dict[tuple[str, str], tuple[Family, list[int]]] = {}  # name and flavour -> family and counts
     named = {rewrite.flavour for rewrite in family.rewrites}
     for flavour in [each for each in FLAVOURS if each in named] or FLAVOURS[:1]:
         for heads in range(sizes.kv_heads, sizes.heads, sizes.kv_heads):
@@ -69,8 +70,8 @@ def _head_cuts(header: Header, family: Family, sizes: Sizes) -> list[dict[str, A
             if rewrite is not None:
                 changes = {"num_attention_heads": heads, "head_dim": sizes.head_dim}
                 label = described(rewrite.config(family.with_units(header.config, changes)))
-                found.setdefault((label.name, flavour if flavour in named else ""), []).append(heads)
-    return [_row("heads", FAMILIES[name], counts, flavour or None) for (name, flavour), counts in found.items()]
+                found.setdefault((label.name, flavour if flavour in named else ""), (label, []))[1].append(heads)
+    return [_row("heads", label, counts, flavour or None) for (_, flavour), (label, counts) in found.items()]
 
 
 def _row(cut: str, family: Family, keep: list[int] | None = None, flavour: str | None = None) -> dict[str, Any]:

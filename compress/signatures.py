@@ -188,6 +188,10 @@ class PruneKeywords(StepKeywords, total=False):
     """Decoder layers to keep, exactly; ratio and the targets count what goes with the others."""
     keep_kv_heads: int | None
     """KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped."""
+    kv_cache_bytes: float | str | None
+    """Bytes that the keys and values of a token may take in the cache, in the checkpoint's dtype, as in 12KiB: as many
+    KV heads stay as fit.
+    """
     kv_merge: str
     """What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best common head) or drop
     (the least costly go, with their query heads).
@@ -217,13 +221,14 @@ class PruneKeywords(StepKeywords, total=False):
     vLLM alone).
     """
     criterion: str
-    """How units are ranked: wanda, obs, flap, activation, taylor, fisher, magnitude, random."""
+    """How units are ranked: wanda, obs, flap, activation, taylor, fisher, tp-magnitude, tp-taylor, magnitude, random.
+    """
     from_sensitivity: str | None
     """Folder of the sensitivity command, of this very model: units are ranked as there, and only what the refit needs
     is gathered again.
     """
     gradient_samples: int
-    """Calibration windows, at most, that the backward pass of taylor and fisher sees."""
+    """Calibration windows, at most, that the backward pass of taylor, fisher and tp-taylor sees."""
     refit: bool
     """Refit the reading matrix by least squares from the original weights."""
     damping: float
@@ -237,7 +242,7 @@ class PruneKeywords(StepKeywords, total=False):
     stream that goes into the layer).
     """
     token_shares: dict[str, int] | str | None
-    """Share of the weight of all tokens that each kind of token has (text, prompt, answer), as in
+    """Share of the weight of all tokens that each kind of token has (text, image, prompt, answer), as in
     prompt=0.4,answer=0.6; every kind that occurs must be named.
     """
     force: bool

@@ -124,6 +124,16 @@ def phi3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, sha
     return _save(Phi3ForCausalLM(Phi3Config(**{**TEXT, "rope_parameters": rope, **sizes})), folder, seed, dtype, shard)
 
 
+def undescribed(
+    kind: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any
+) -> Path:
+    """A causal language model of any model_type, with the sizes of the pico llama; its own names for keys are given."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**LLAMA, **sizes}))
+    return _save(model, folder, seed, dtype, shard)
+
+
 def glm4v(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **sizes: Any) -> Path:
     """Text: hidden 64, 2 layers, 8 heads / 2 KV heads, FFN 128; a vision tower of 2 layers. Keywords: text sizes."""
     config = Glm4vConfig(**_glm(sizes), tie_word_embeddings=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,6 +88,15 @@ class Rewrite:
     why: str
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a decoder calls its embedding, its list of layers and its last norm."""
+
+    embedding: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+
+
 SAME = Rewrite(flavour=None, config=dict, refuse=lambda config: None, why="")  # the label that it has
 
 
@@ -97,8 +106,8 @@ class Family:
 
     name: its key in FAMILIES. model_type: what config.json says; unlike: why a config of that type is not this family.
     architecture: the stock class that config.json must name.
-    text: module path of the decoder (with embed_tokens, layers, norm) in the stock model. stored: what its tensors'
-    names begin with on disk, where that is another. head: name of the output matrix.
+    text: module path of the decoder in the stock model. stored: what its tensors' names begin with on disk, where that
+    is another. parts: what it calls its embedding, its layers and its last norm. head: name of the output matrix.
     rope: order of the rotary rows of a head in q_proj and k_proj, `interleaved` or `half-split`.
     layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
     groups: what can be cut. refuse: a reason why planned sizes, beside the raw config, cannot be loaded by stock
@@ -109,6 +118,9 @@ class Family:
     vllm: what loads it in vLLM, where that was run and compared (docs/families.md); None where it was not.
     skip: module-name prefixes that quantization leaves alone.
     head_beside: what the model does with logits beside the product of hidden states and output matrix, or None.
+    read: a text config with its sizes under the names that `Sizes` is read by; keys: what a config calls those names.
+    norm: the tensors of the last norm. before: modules of the decoder that run before its first layer, beside the
+    embedding. traced: found by compress/trace, and not described.
     vision: module path of the vision tower that images of a calibration go through, named so on disk as well; None:
     calibrated on text alone.
     layered: whether its layers may differ in width: its stock layer class takes a config and an index.
@@ -131,6 +143,12 @@ class Family:
     vllm: str | None = None
     defaults: Mapping[str, int] = field(default_factory=dict)
     head_beside: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    parts: Parts = Parts()
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
+    keys: Mapping[str, str] = field(default_factory=dict)
+    norm: tuple[str, ...] = ("weight",)
+    before: tuple[str, ...] = ()
+    traced: bool = False
     layered: bool = False
     vision: str | None = None
 
@@ -171,9 +189,14 @@ class Family:
         return self.stored or self.text
 
     @property
+    def embedding(self) -> str:
+        """The embedding's tensor, on disk."""
+        return f"{self.root}.{self.parts.embedding}.weight"
+
+    @property
     def inside(self) -> str:
         """Prefix of the tensors of all decoder layers, with the dot."""
-        return f"{self.root}.layers."
+        return f"{self.root}.{self.parts.layers}."
 
     def parameter(self, name: str) -> str:
         """What the stock model calls the tensor `name`, if it is the decoder's; else as it is."""
@@ -185,7 +208,7 @@ class Family:
 
     def sizes(self, header: Header) -> Sizes:
         """Read the sizes; UserError names a key that is missing, not a positive whole number, or beyond the tensors."""
-        config = header.text_config
+        config = self.read(header.text_config)
 
         def size(key: str, default: int | None = None) -> int:
             value = config.get(key, self.defaults.get(key))
@@ -242,19 +265,19 @@ class Family:
     def shapes(self, header: Header) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of the text model that the config implies."""
         sizes, config = self.sizes(header), header.text_config
-        shapes: dict[str, tuple[int, ...]] = {f"{self.root}.embed_tokens.weight": (sizes.vocab, sizes.hidden)}
+        shapes: dict[str, tuple[int, ...]] = {self.embedding: (sizes.vocab, sizes.hidden)}
         layers = self.layers(header)
         made = {own: self.layer(own, config) for own in set(layers)}
         for index, own in enumerate(layers):
             shapes |= {self.prefix(index) + name: shape for name, shape in made[own].items()}
-        shapes[f"{self.root}.norm.weight"] = (sizes.hidden,)
+        shapes |= {f"{self.root}.{self.parts.norm}.{key}": (sizes.hidden,) for key in self.norm}
         if not sizes.tied:
             shapes[f"{self.head}.weight"] = (sizes.vocab, sizes.hidden)
         return shapes
 
     def head_tensor(self, header: Header) -> str:
         """The tensor that the output matrix is read from: the embedding when the two are tied."""
-        return f"{self.root}.embed_tokens.weight" if self.sizes(header).tied else f"{self.head}.weight"
+        return self.embedding if self.sizes(header).tied else f"{self.head}.weight"
 
     def shallow(self, header: Header, layers: Sequence[int]) -> dict[str, Any]:
         """The raw config with the decoder layers `layers` only, ascending, and of its lists with one entry a layer
@@ -276,99 +299,9 @@ class Family:
 
     def with_units(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the raw config with text sizes changed (`{"intermediate_size": 1128}`)."""
-        return self.with_text(config, {**per_layer.text_of(config), **changes})
+        named = {self.keys.get(key, key): value for key, value in changes.items()}
+        return self.with_text(config, {**per_layer.text_of(config), **named})
 
     def with_text(self, config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the raw config with `text` as the description of the decoder."""
         return {**config, "text_config": dict(text)} if isinstance(config.get("text_config"), Mapping) else dict(text)
-
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-QKVO = (*QKV, "self_attn.o_proj")
-QKV_FUSED = "self_attn.qkv_proj"
-NORMS = ("input_layernorm", "post_attention_layernorm")
-SANDWICH = (*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm")  # norms around attention and FFN
-
-
-def decoder_layer(
-    sizes: Sizes,
-    *,
-    biases: Iterable[str] = (),
-    norms: Iterable[str] = NORMS,
-    head_norms: Iterable[str] = (),
-    fused_qkv: bool = False,
-    fused_ffn: bool = False,
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one layer's tensors.
-
-    biases: the Linears that have one. norms: those over the hidden size; head_norms: those over one head.
-    fused_qkv: q, k and v are one matrix, in that order; fused_ffn: so are gate and up.
-    """
-    h, q, kv, f = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
-    linears = {"mlp.down_proj": (h, f), "self_attn.o_proj": (h, q)}
-    linears |= {QKV_FUSED: (q + 2 * kv, h)} if fused_qkv else dict(zip(QKV, ((q, h), (kv, h), (kv, h)), strict=True))
-    linears |= {"mlp.gate_up_proj": (2 * f, h)} if fused_ffn else {"mlp.gate_proj": (f, h), "mlp.up_proj": (f, h)}
-    weights: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linears.items()}
-    weights |= {f"{name}.weight": (h,) for name in norms}
-    weights |= {f"{name}.weight": (sizes.head_dim,) for name in head_norms}
-    return dict(sorted(weights.items())) | {f"{name}.bias": linears[name][:1] for name in biases}
-
-
-MASKS = ("full_attention", "sliding_attention")
-
-
-def masked_attention(config: Mapping[str, Any], window: Any) -> str | None:
-    """Why a layer of the config's `layer_types` is more than attention under a mask, which the executor takes from the
-    stock model; None where all are, or none is named. `window`: what the stock class takes for sliding_window."""
-    named = config.get("layer_types")
-    if not isinstance(named, list):
-        return None
-    others, family = [kind for kind in named if kind not in MASKS], config.get("model_type")
-    if others:
-        return f"a {family} with {others[0]!r} in layer_types is not supported; allowed: {', '.join(MASKS)}"
-    if "sliding_attention" in named and window is None:
-        return f"layer_types holds 'sliding_attention', but this {family} has no sliding_window"
-    return None
-
-
-def switched_window(config: Mapping[str, Any], default: int | None = 4096) -> Any:
-    """The window of a family that has one where use_sliding_window is true."""
-    return config.get("sliding_window", default) if config.get("use_sliding_window") else None
-
-
-def no_null(config: Mapping[str, Any], *keys: str) -> str | None:
-    """Why a stock class that reads `keys` as they stand cannot take a config: one of them is null."""
-    for key in keys:
-        if key in config and config[key] is None:
-            return f"a {config.get('model_type')} cannot have a {key} of null: leave the key out, or give a number"
-    return None
-
-
-def ffn_fused(sizes: Sizes) -> Group:
-    """FFN neurons where gate and up are one matrix [2*ffn, hidden]: gate rows first, then up rows."""
-    cuts = (
-        Cut("mlp.gate_up_proj.weight", 0),
-        Cut("mlp.gate_up_proj.weight", 0, offset=sizes.ffn),
-        Cut("mlp.down_proj.weight", 1),
-    )
-    return Group("ffn", sizes.ffn, "mlp.down_proj", 1, cuts, "intermediate_size", sizes.ffn)
-
-
-def ffn_split(sizes: Sizes, bias: bool) -> Group:
-    """FFN neurons where gate and up are two matrices [ffn, hidden]."""
-    cuts = [Cut("mlp.gate_proj.weight", 0), Cut("mlp.up_proj.weight", 0), Cut("mlp.down_proj.weight", 1)]
-    if bias:
-        cuts += [Cut("mlp.gate_proj.bias", 0), Cut("mlp.up_proj.bias", 0)]
-    return Group("ffn", sizes.ffn, "mlp.down_proj", 1, tuple(cuts), "intermediate_size", sizes.ffn)
-
-
-def query_heads(sizes: Sizes, bias: bool, rows: str = QKV[0]) -> Group:
-    """Query heads: rows of q_proj (and its bias), columns of o_proj; equally many from every KV head's group.
-
-    `rows`: the Linear whose first rows make the queries.
-    """
-    d = sizes.head_dim
-    cuts = [Cut(f"{rows}.weight", 0, width=d), Cut("self_attn.o_proj.weight", 1, width=d)]
-    if bias:
-        cuts.append(Cut(f"{rows}.bias", 0, width=d))
-    return Group("heads", sizes.heads, "self_attn.o_proj", d, tuple(cuts), "num_attention_heads", sizes.group_size)

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import NORMS, QKVO, Group, Sizes, decoder_layer, ffn_split, masked_attention, query_heads
+from compress.arch.family import Group, Sizes
+from compress.arch.layer import NORMS, QKVO, decoder_layer, ffn_split, query_heads
 from compress.arch.llama import LLAMA, dividing
 from compress.arch.qwen3 import HEAD_NORMS
+from compress.arch.refusals import masked_attention
 
 FFN_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 

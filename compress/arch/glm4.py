@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import QKV, SANDWICH, Sizes, decoder_layer
+from compress.arch.family import Sizes
 from compress.arch.glm import GLM, biased
+from compress.arch.layer import QKV, SANDWICH, decoder_layer
 
 
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import QKV, SANDWICH, Family, Group, Rewrite, Sizes, decoder_layer, ffn_fused, query_heads
+from compress.arch.family import Family, Group, Rewrite, Sizes
+from compress.arch.layer import QKV, SANDWICH, decoder_layer, ffn_fused, query_heads
 from compress.arch.rope import HALF_SPLIT, INTERLEAVED
 from compress.checkpoint.per_layer import HEADS, KEY
 

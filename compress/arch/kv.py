@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from compress.arch.family import QKV, QKV_FUSED, Cut, Group, Sizes
+from compress.arch.family import Cut, Group, Sizes
+from compress.arch.layer import QKV, QKV_FUSED
 
 KV_HEADS = "kv_heads"
 K_NORM = "self_attn.k_norm.weight"  # a norm over each head's keys, before they rotate

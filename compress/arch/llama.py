@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compress.arch.family import QKVO, Family, Group, Rewrite, Sizes, decoder_layer, ffn_split, query_heads
+from compress.arch.family import Family, Group, Rewrite, Sizes
+from compress.arch.layer import QKVO, decoder_layer, ffn_split, query_heads
 from compress.arch.rope import HALF_SPLIT
 
 # Keys that a llama may leave out and for which MistralConfig fills in another value: llama's are written out.

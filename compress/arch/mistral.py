@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import Group, Sizes, decoder_layer, ffn_split, query_heads
+from compress.arch.family import Group, Sizes
+from compress.arch.layer import decoder_layer, ffn_split, query_heads
 from compress.arch.llama import LLAMA
 
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import QKV_FUSED, Group, Sizes, decoder_layer, ffn_fused, no_null, query_heads
+from compress.arch.family import Group, Sizes
+from compress.arch.layer import QKV_FUSED, decoder_layer, ffn_fused, query_heads
 from compress.arch.llama import LLAMA
+from compress.arch.refusals import no_null
 from compress.arch.rope import rotary_rows
 
 

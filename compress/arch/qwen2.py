@@ -9,18 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import (
-    QKV,
-    Group,
-    Sizes,
-    decoder_layer,
-    ffn_split,
-    masked_attention,
-    no_null,
-    query_heads,
-    switched_window,
-)
+from compress.arch.family import Group, Sizes
+from compress.arch.layer import QKV, decoder_layer, ffn_split, query_heads
 from compress.arch.llama import LLAMA
+from compress.arch.refusals import masked_attention, no_null, switched_window
 
 
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

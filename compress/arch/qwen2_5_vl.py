@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import Sizes, masked_attention, switched_window
+from compress.arch.family import Sizes
 from compress.arch.qwen2 import QWEN2
+from compress.arch.refusals import masked_attention, switched_window
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

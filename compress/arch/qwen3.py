@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import QKVO, Group, Sizes, decoder_layer, ffn_split, query_heads
+from compress.arch.family import Group, Sizes
+from compress.arch.layer import QKVO, decoder_layer, ffn_split, query_heads
 from compress.arch.qwen2 import QWEN2
 
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import no_null
 from compress.arch.qwen3 import QWEN3
+from compress.arch.refusals import no_null
 
 
 def _unlike(config: Mapping[str, Any]) -> str | None:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.arch.family import masked_attention, no_null, switched_window
 from compress.arch.llama import LLAMA
+from compress.arch.refusals import masked_attention, no_null, switched_window
 
 
 def _unlike(config: Mapping[str, Any]) -> str | None:

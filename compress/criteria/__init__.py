@@ -53,9 +53,14 @@ class Criterion:
     needs: frozenset[Statistic]
     paper: str
 
+    @property
+    def module(self) -> str:
+        """The file in this folder that holds it."""
+        return self.name.replace("-", "_")
+
     def load(self) -> Callable[[GroupView, float], Ranking]:
         """The ranking function; imports torch."""
-        return cast(Callable[[GroupView, float], Ranking], import_module(f"compress.criteria.{self.name}").rank)
+        return cast(Callable[[GroupView, float], Ranking], import_module(f"compress.criteria.{self.module}").rank)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -88,6 +93,10 @@ CRITERIA: dict[str, Criterion] = {
             frozenset({"fisher"}),
             "Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, arXiv:2204.09656",
         ),
+        Criterion(
+            "tp-magnitude", frozenset({"tp_magnitude"}), "Fang et al. 2023, DepGraph, arXiv:2301.12900: its code"
+        ),
+        Criterion("tp-taylor", frozenset({"tp_taylor"}), "Fang et al. 2023, DepGraph, arXiv:2301.12900: its code"),
         Criterion("magnitude", frozenset(), "Han et al. 2015; group L2 norm as in Fang et al. 2023, DepGraph"),
         Criterion(
             "random",

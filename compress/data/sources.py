@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compress.data.builtin import builtin_parts
 from compress.data.chat import Chat, Document, has_template, no_template
-from compress.data.files import of_path
+from compress.data.files import READERS, files, of_path
 from compress.data.images import Picture, processor_of
 from compress.data.spec import BUILTIN, HUB, SELF, DataSpec, Part, counts, sources
 from compress.errors import UserError
@@ -150,11 +150,13 @@ def _check_images(
 
 
 def pictures_of(spec: DataSpec) -> list[Picture]:
-    """All images that the local files of a source name."""
+    """All images that the local files of a source name: .jsonl files alone can."""
     found: list[Picture] = []
     for source in sources(spec):
-        if source.endswith(".jsonl") or Path(source).is_dir():
-            found += (image for d in of_path(source) if isinstance(d, Chat) for image in d.images)
+        path = Path(source)
+        for file in files(path) if path.is_dir() or path.is_file() else []:
+            if file.suffix == ".jsonl":
+                found += (image for d in READERS[file.suffix](file) if isinstance(d, Chat) for image in d.images)
     return found
 
 

@@ -6,6 +6,7 @@ written of a layer it holds until `release`, so that `written` can be streamed b
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -265,7 +266,7 @@ def _fill(whole: dict[str, torch.Tensor], key: str, rows: int, start: int, value
 
 def _kind(module: str) -> str:
     """`model.layers.3.mlp.down_proj` -> `mlp.down_proj`."""
-    return module.split(".layers.", 1)[1].split(".", 1)[1]
+    return re.split(r"\.\d+\.", module, maxsplit=1)[1]
 
 
 def _summary(errors: list[float]) -> dict[str, Any]:

@@ -85,9 +85,10 @@ class Stream:
         self.text = self.model.get_submodule(family.text)
         self.layers = len(self._layer_list())
         self._index = {layer: index for index, layer in enumerate(self._layer_list())}
-        self._calls = Calls(
-            self.text, self._layer_list(), self.text.get_submodule("norm"), self._initialize, self.device
-        )
+        norm = self.text.get_submodule(family.parts.norm)
+        self._calls = Calls(self.text, self._layer_list(), norm, self._initialize, self.device)
+        for part in family.before:
+            self._fill(part)
         self._check_tie()
         self._rehearse()
 
@@ -126,7 +127,7 @@ class Stream:
                 )
 
     def _layer_list(self) -> nn.ModuleList:
-        layers = self.text.get_submodule("layers")
+        layers = self.text.get_submodule(self.family.parts.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
 
@@ -134,12 +135,12 @@ class Stream:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """What the first layer gets for `ids` [N, L]: token embeddings [N, L, hidden], scaled where the stock model
         scales them; only the rows that occur are read."""
-        name = f"{self.family.root}.embed_tokens.weight"
+        name = self.family.embedding
         rows = self.reader.spec(name).shape[0]
         if int(ids.max()) >= rows:
             raise UserError(f"{self.reader.folder}: the tokenizer gives id {int(ids.max())}, the model has {rows} rows")
         unique, inverse = torch.unique(ids, return_inverse=True)
-        table = self.text.get_submodule("embed_tokens")
+        table = self.text.get_submodule(self.family.parts.embedding)
         whole, padding = table.weight, table.padding_idx
         table.padding_idx = None  # type: ignore[assignment]  # it may be no row of the part
         table.weight = nn.Parameter(self.reader.rows(name, unique.tolist(), self.dtype), requires_grad=False)
@@ -161,7 +162,8 @@ class Stream:
                 module.set_submodule(name, self._linear(self.reader, child, prefix + name, self.dtype))
             else:
                 for key, _ in list(child.named_parameters(recurse=False)):
-                    assign(child, key, self.reader.tensor(f"{prefix}{name}.{key}", self.dtype))
+                    inside = f"{name}.{key}" if name else key
+                    assign(child, key, self.reader.tensor(prefix + inside, self.dtype))
         try:
             yield module
         finally:
@@ -227,9 +229,16 @@ class Stream:
 
     def last_norm(self) -> nn.Module:
         """The decoder's last norm, filled from disk."""
-        norm = self.text.get_submodule("norm")
-        assign(norm, "weight", self.reader.tensor(f"{self.family.root}.norm.weight", self.dtype))
-        return norm
+        return self._fill(self.family.parts.norm)
+
+    def _fill(self, part: str) -> nn.Module:
+        """A module of the decoder beside its layers, filled from disk."""
+        module = self.text.get_submodule(part)
+        for key, _ in list(module.named_parameters()):
+            inner, _, name = key.rpartition(".")
+            value = self.reader.tensor(f"{self.family.root}.{part}.{key}", self.dtype)
+            assign(module.get_submodule(inner), name, value)
+        return module
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -241,21 +250,26 @@ class Stream:
         wide = hidden.to(self.device).float()  # logits in float32: rounded to bfloat16 they would blur a KL divergence
         for start in range(0, rows, step):
             block = self.reader.rows(name, slice(start, start + step), torch.float32)
-            self._output(wide, block, out[:, start : start + len(block)])
+            self.output(wide, block, out[:, start : start + len(block)], start)
         return out
 
-    def _output(self, hidden: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    def output(self, hidden: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, start: int) -> None:
         """Into `out` [T, n] what the stock model's own forward gives for hidden states [T, hidden], `rows` [n, hidden]
-        being its output matrix."""
+        being its output matrix from row `start` on."""
+        matrix = self.model.get_submodule(self.family.head)
+        bias = None
+        if getattr(matrix, "bias", None) is not None:
+            bias = self.reader.rows(f"{self.family.head}.bias", slice(start, start + len(rows)), torch.float32)
 
         def head(read: torch.Tensor) -> torch.Tensor:
-            return torch.mm(read[0], rows.T, out=out)[None]
+            found = torch.mm(read[0], rows.T, out=out)
+            return (found if bias is None else found.add_(bias))[None]
 
         decoder = self.model.get_submodule(self.family.text.partition(".")[0])
         given = hidden[None]
         with (
             forward_of(decoder, lambda *_, **__: Last((given,))),
-            forward_of(self.model.get_submodule(self.family.head), head),
+            forward_of(matrix, head),
         ):
             found: torch.Tensor = self.model(inputs_embeds=given, use_cache=False).logits[0]
         if found.data_ptr() != out.data_ptr():  # capped or scaled

@@ -25,17 +25,22 @@ def stock_config(config: Mapping[str, Any]) -> Any:
 
 
 def stock_model(config: Mapping[str, Any]) -> nn.Module:
-    """The stock transformers model of a raw config.json, on the meta device, in eval mode, with sdpa attention."""
+    """The stock transformers model of a raw config.json, on the meta device, in eval mode."""
     kind = stock_class(config)
     with quiet():
         found = stock_config({key: value for key, value in config.items() if key != "quantization_config"})
-        found._attn_implementation = "sdpa"
+        found._attn_implementation = attention_of(kind)
         try:
             with torch.device("meta"):
                 model: nn.Module = kind(found)
         except Exception as error:  # an activation or rope type that does not exist, and what else a config can say
             raise UserError(f"config.json: stock transformers cannot build it: {_one_line(error)}") from error
     return model.eval()
+
+
+def attention_of(kind: Any) -> str:
+    """How a stock class computes attention here: sdpa, or eager where it has no other."""
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
 @contextmanager

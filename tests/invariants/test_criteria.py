@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint.ledger import Ledger
 from compress.criteria import CRITERIA
 from compress.data import DataSpec, windows
-from compress.stream import GRADIENTS, Statistic, backward, forward
+from compress.steps.prune import coupled
+from compress.stream import GRADIENTS, WHOLE, Statistic, backward, forward
 from compress.stream.statistics import KINDS
 from tests import brute, tiny
 from tests.brute import statistics
@@ -91,6 +92,42 @@ def test_costs_are_those_of_the_dense_models_gradients(
             torch.testing.assert_close(found[f"layers.{index}.{group}.cost"], value, rtol=1e-4, atol=floor)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "glm4", "glm46v_interleaved"])
+@pytest.mark.parametrize(("theirs", "ours"), [("tp-magnitude", "magnitude"), ("tp-taylor", "taylor")])
+def test_torch_pruning_ranks_as_the_same_formula_does(
+    theirs: str, ours: str, family: str, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its costs are ours (squared, of magnitude) times a number that the layer's units share, and they rank alike: none
+    of these families has a bias in its groups, but glm46v, whose heads it does not take."""
+    model = getattr(tiny, family)(tmp_path / "model")
+    cut = ["--ffn", "0.3"] if family.startswith("glm46v") else CUT
+    monkeypatch.setattr("tests.invariants.test_criteria.CUT", cut)
+    found, expected = (prune(main, model, tmp_path / name, name, "--no-refit") for name in (theirs, ours))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key.endswith(".cost"):
+            ratio = found[key] / (value.square() if ours == "magnitude" else value)
+            torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-3, atol=0)
+        else:
+            assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("family", "cut", "why"),
+    [
+        ("phi3", ["--keep-heads", "6"], "heads whose q, k and v are one matrix"),
+        ("glm4v", ["--keep-heads", "6"], "heads with rotary embeddings of several axes"),
+        ("glm4v_native", ["--keep-ffn", "64"], "stock transformers does not load it"),
+    ],
+)
+def test_where_torch_prunings_graph_is_wrong_the_plan_says_so(
+    family: str, cut: list[str], why: str, tmp_path: Path, main: Main
+) -> None:
+    model = getattr(tiny, family)(tmp_path / "model")
+    code, _, said = main("prune", str(model), "-o", str(tmp_path / "out"), "--criterion", "tp-magnitude", *cut, *TEXT)
+    assert code == 2 and f"this {family}: {why}" in said and not (tmp_path / "out").exists(), said
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_no_more_is_gathered_than_is_asked_for(
     criterion: str, model: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +143,7 @@ def test_no_more_is_gathered_than_is_asked_for(
 
         monkeypatch.setitem(KINDS, kind, counted)
     prune(main, model, tmp_path / "out", criterion, "--no-refit")
-    assert made == CRITERIA[criterion].needs - GRADIENTS
+    assert made == CRITERIA[criterion].needs - GRADIENTS - WHOLE
     layers = load_receipt(tmp_path / "out")["steps"][0]["relative_output_error"]
     known = {said["error"] is not None for layer in layers for said in layer.values()}
     assert known == {"gram" in made}  # the error takes a Gram matrix
@@ -135,7 +172,8 @@ def test_random_is_the_seeds_and_of_nothing_else(model: Path, tmp_path: Path, ma
         ("flap", 2, "2 layers"),
         ("activation", 2, "2 layers"),
         ("random", 2, "2 layers"),
-        ("taylor", 1, "the backward pass"),
+        ("taylor", 1, "what the criterion takes of the dense model"),
+        ("tp-taylor", 2, "1 layers"),
         ("fisher", 3, "2 layers"),
     ],
 )
@@ -156,7 +194,8 @@ def test_resumed_it_ends_with_the_same_bytes(
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "save", save)
         assert main(*line, "-o", str(tmp_path / "out"), "-q")[0] == 130
-    monkeypatch.setattr(backward, "_backward", None)  # which is not made again
+    monkeypatch.setattr(backward, "_backward", None)  # which is not made again, nor is the graph
+    monkeypatch.setattr(coupled, "_graph", None)
     code, _, said = main(*line, "-o", str(tmp_path / "out"))
     assert code == 0 and f"going on after {where}, where" in said, said
     for name in ("model.safetensors", "receipt.json", "sensitivity/1-prune/importance.safetensors"):

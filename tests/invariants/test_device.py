@@ -52,6 +52,21 @@ def test_prune(family: str, criterion: str, tmp_path: Path, main: Main) -> None:
     assert all(value.allclose(weights[0][key], rtol=1e-3, atol=1e-4) for key, value in weights[1].items())
 
 
+def test_whole_layers_and_kv_heads(tmp_path: Path, main: Main) -> None:
+    model = tiny.glm4v(tmp_path / "model", num_hidden_layers=3)
+    cut = ["--keep-layers", "2", "--layer-criterion", "influence", "--keep-kv-heads", "1", "--keep-heads", "6"]
+    work = ["prune", str(model), *cut, "--samples", "6", "--length", "32", "--threads", "1", "-o"]
+    code, said, products = on_gpu(*work, str(tmp_path / "gpu"))
+    assert code == 0 and products > 20, said
+    assert main(*work, str(tmp_path / "cpu"), "-q", "--device", "cpu")[0] == 0
+    steps = [json.loads((tmp_path / name / "receipt.json").read_text())["steps"][0] for name in ("gpu", "cpu")]
+    assert steps[0]["layers"]["gone"] == steps[1]["layers"]["gone"] and len(steps[0]["layers"]["gone"]) == 1
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("gpu", "cpu")]
+    # not attention: the common keys and values may be turned another way and compute the same
+    names = [name for name in weights[1] if "mlp" in name]
+    assert names and all(weights[0][name].allclose(weights[1][name], rtol=1e-3, atol=1e-4) for name in names)
+
+
 def test_sensitivity(tmp_path: Path, main: Main) -> None:
     model = tiny.llama(tmp_path / "model")
     work = ["sensitivity", str(model), *TEXT, "--criterion", "obs", "--no-pictures", "-o"]

@@ -233,6 +233,10 @@ def test_dropped_heads_are_those_that_cost_least_together(tmp_path: Path) -> Non
         ({"keep_kv_heads": 2, "keep_heads": 6}, "6 heads cannot stay: the model has 8"),
         ({"keep_kv_heads": 2, "protect": ["layers.0.mlp"]}, "not where layers differ in width"),
         ({"keep_kv_heads": 2, "ratio": 0.01}, "the KV heads alone remove 0.0667"),
+        ({"kv_cache_bytes": 191}, "191 cannot be reached: the smallest is 1 KV head: 192 bytes a token"),
+        ({"kv_cache_bytes": 768}, "768 removes nothing: the model stays within it as it is .4 KV heads: 768 bytes a"),
+        ({"kv_cache_bytes": 400, "keep_kv_heads": 2}, "'kv_cache_bytes' and 'keep_kv_heads' exclude each other"),
+        ({"kv_cache_bytes": 400, "pin": {"layers.0.mlp": 8}}, "kv_cache_bytes: not where layers differ in width"),
         ({"keep_kv_heads": 2, "kv_merge": "means"}, "unknown way to merge KV heads 'means'; did you mean 'mean'"),
     ],
 )
@@ -242,6 +246,30 @@ def test_what_cannot_be_is_refused_before_any_work(options: dict[str, Any], said
     recipe.write_text(json.dumps({"model": str(source), "steps": [{"prune": options}]}))
     with pytest.raises(UserError, match=said):
         compress.plan(recipe, machine=Machine(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "heads"),
+    [
+        ({"kv_cache_bytes": 767}, 2),  # merged: a divisor of 4
+        ({"kv_cache_bytes": 767, "kv_merge": "drop"}, 3),
+        ({"kv_cache_bytes": "0.375KiB"}, 2),
+        ({"kv_cache_bytes": 383}, 1),
+        ({"kv_cache_bytes": 383, "keep_layers": 1}, 4),  # the layers that stay alone have a cache
+        ({"kv_cache_bytes": 255, "keep_layers": 1}, 2),
+    ],
+)
+def test_a_cache_target_takes_the_most_heads_that_fit(options: dict[str, Any], heads: int, tmp_path: Path) -> None:
+    """4 KV heads of 8 in 3 layers, keys and values in float32: 768 bytes a token."""
+    source = tiny.llama(tmp_path / "source", num_key_value_heads=4)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"model": str(source), "steps": [{"prune": options}]}))
+    plan = compress.plan(recipe, machine=Machine(1))
+    before, after = plan.kv_cache
+    layers = options.get("keep_layers", 3)
+    assert (before, after) == (768, 2 * layers * heads * 8 * 4)
+    assert plan.steps[0].after.config["num_key_value_heads"] == heads
+    assert any("bytes a token, the most that fit" in note for note in plan.steps[0].notes)
 
 
 def test_an_interrupted_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from compress.arch import FAMILIES, family_of
 from compress.card import auto_class
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import files_bytes
+from compress.checkpoint.ledger import Ledger
 from compress.checkpoint.per_layer import FILE, KEY, source
 from compress.checkpoint.reader import Reader
 from compress.data import DataSpec
@@ -30,6 +31,7 @@ from compress.sensitivity import load_sensitivity
 from compress.steps.evaluate.run import evaluate
 from compress.steps.prune.options import PruneOptions
 from tests import tiny
+from tests.faults.test_resume import interrupt
 from tests.invariants.test_prune import masked_weights
 from tests.stock import load, logits
 
@@ -228,3 +230,27 @@ def test_its_scores_are_read_back(tmp_path: Path) -> None:
     assert sorted(rows.index) == [(0, "ffn"), (1, "ffn"), (1, "heads")]
     assert rows.kept.to_dict() == {(0, "ffn"): 40, (1, "ffn"): keep["ffn"][1], (1, "heads"): 4}
     assert found.plot_cut().axes and found.plot_curves("ffn").axes and found.plot_heads().axes
+
+
+FUSED = """
+model: {model}
+steps:
+  - prune: {{ratio: 0.3, protect: [layers.1.mlp], pin: {{layers.2.self_attn: 6}}}}
+  - quantize: {{format: w8a16}}
+keep_intermediate: false
+evaluate: never
+data: {{calibration: {{samples: 4, length: 32}}}}
+"""
+
+
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = loads(FUSED.format(model=tiny.llama(tmp_path / "source")))
+    whole = run(recipe, tmp_path / "whole", Machine(1)).out
+    with monkeypatch.context() as patched:
+        calls = interrupt(patched, Ledger, "save", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "out", Machine(1), checkpoint_every=0)
+        assert calls() == 2
+    out = run(recipe, tmp_path / "out", Machine(1), checkpoint_every=0).out
+    for name in ("model.safetensors", "config.json", "receipt.json", FILE):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name

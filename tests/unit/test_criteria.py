@@ -12,13 +12,14 @@ from compress.arch import FAMILIES, Group, family_of
 from compress.checkpoint.headers import read_header
 from compress.criteria import CRITERIA, GroupView, Ranking, ranking_by_score
 from compress.steps.prune.surgery import view
-from compress.stream import GRADIENTS, Statistic
+from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.statistics import KINDS
 from tests import tiny
 from tests.brute import statistics
 
 DAMPING = 0.01
 SHAPES = {"neurons": (40, 1), "heads": (6, 4)}  # units, columns of one
+SCORES: tuple[Statistic, ...] = ("taylor", "fisher", "tp_magnitude", "tp_taylor")  # made of the dense model, by unit
 LOOKING = [name for name in CRITERIA if name != "random"]  # what looks at the units at all
 
 
@@ -40,7 +41,7 @@ def problem(units: int, width: int, *, rows: int = 10, seed: int = 0) -> GroupVi
     slices a unit."""
     generator = torch.Generator().manual_seed(seed + 100)
     found = statistics(inputs(units, width, seed), width)
-    for kind in ("taylor", "fisher"):
+    for kind in SCORES:
         found[kind] = torch.randn(units, generator=generator).exp()
     reader = torch.randn(rows, units * width, generator=generator)
     owned = (torch.randn(units, width * 7, generator=generator), reader.T.reshape(units, -1))
@@ -59,7 +60,7 @@ def shuffled(seen: GroupView, order: torch.Tensor) -> GroupView:
         "gram": found["gram"][columns][:, columns],
         "square": found["square"][columns],
         "variance": found["variance"][columns],
-        **{kind: found[kind][order] for kind in ("activity", "taylor", "fisher")},
+        **{kind: found[kind][order] for kind in ("activity", *SCORES)},
     }
     owned = tuple(part[order].contiguous() for part in seen.owned)
     return replace(seen, reader=seen.reader[:, columns].contiguous(), owned=owned, statistics=moved)
@@ -109,7 +110,7 @@ def test_what_a_criterion_needs_is_all_that_it_takes(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CRITERIA for kind in sorted(CRITERIA[name].needs)])
 def test_what_a_criterion_needs_it_uses(name: str, kind: Statistic) -> None:
-    assert kind in KINDS or kind in GRADIENTS
+    assert kind in KINDS or kind in GRADIENTS | WHOLE
     seen = problem(12, 2)
     plain = torch.eye(24) if kind == "gram" else torch.ones_like(seen.statistics[kind])
     other = replace(seen, statistics={**seen.statistics, kind: plain})
@@ -150,12 +151,12 @@ def test_activation_is_its_formula(shape: str) -> None:
     assert ranking.order.tolist() == sorted(range(units), key=lambda unit: expected[unit])
 
 
-@pytest.mark.parametrize("name", ["taylor", "fisher"])
-def test_a_score_of_gradients_is_what_the_backward_pass_sums(name: Statistic) -> None:
+@pytest.mark.parametrize("kind", SCORES)
+def test_a_score_of_the_whole_model_is_taken_as_it_is(kind: Statistic) -> None:
     seen = problem(40, 1, seed=6)
-    ranking = rank(name, seen)
-    assert torch.equal(ranking.cost, seen.statistics[name])
-    assert ranking.order.tolist() == sorted(range(40), key=lambda unit: float(seen.statistics[name][unit]))
+    ranking = rank(kind.replace("_", "-"), seen)
+    assert torch.equal(ranking.cost, seen.statistics[kind])
+    assert ranking.order.tolist() == sorted(range(40), key=lambda unit: float(seen.statistics[kind][unit]))
 
 
 def test_random_draws_from_its_seed_alone() -> None:
@@ -221,4 +222,4 @@ def test_the_table_names_a_paper_and_a_file_of_one_function(name: str) -> None:
     assert entry.name == name
     assert any(character.isdigit() for character in entry.paper)  # a year
     function = entry.load()
-    assert function.__module__ == f"compress.criteria.{name}" and function.__doc__
+    assert function.__module__ == f"compress.criteria.{entry.module}" and function.__doc__

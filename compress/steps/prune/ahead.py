@@ -3,9 +3,11 @@ that need gradients, images through the vision tower. Torch-free."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from compress.arch import Family, Sizes
+from compress.arch.layer import QKV_FUSED
 from compress.checkpoint.headers import Header
 from compress.criteria import CRITERIA
 from compress.data import DataSpec, expected_tokens, pictures_of
@@ -13,7 +15,7 @@ from compress.errors import MachineError, UserError, size
 from compress.limits import BATCH_TOKENS, TAPE_BYTES, VOCAB_BYTES, vocab_rows
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain, PlanContext
-from compress.stream import GRADIENTS
+from compress.stream import GRADIENTS, WHOLE
 
 PATCHES_A_TOKEN, PATCH_BYTES = 4, 4 * 16 * 2048  # of an image; what the tower holds of a patch at once, generously
 
@@ -28,13 +30,19 @@ class Ahead:
 
 
 def ahead(
-    options: PruneOptions, before: Header, family: Family, layer: int, context: PlanContext, complain: Complain
+    options: PruneOptions,
+    before: Header,
+    family: Family,
+    layer: int,
+    cut: Collection[str],
+    context: PlanContext,
+    complain: Complain,
 ) -> Ahead:
     """What `options.criterion` and the images of the calibration take first, one after the other. `layer`: parameters
-    of the largest layer."""
-    slopes = _gradients(options, before, family, layer, context, complain)
+    of the largest layer; `cut`: groups that lose units."""
+    ranks = _criterion(options, before, family, layer, cut, context, complain)
     shown = _images(options, before, family, context.data["calibration"], complain)
-    return Ahead(max(slopes.memory, shown.memory), slopes.scratch, slopes.notes + shown.notes)
+    return Ahead(max(ranks.memory, shown.memory), ranks.scratch, ranks.notes + shown.notes)
 
 
 def _images(options: PruneOptions, before: Header, family: Family, data: DataSpec, complain: Complain) -> Ahead:
@@ -46,7 +54,7 @@ def _images(options: PruneOptions, before: Header, family: Family, data: DataSpe
     if not images or family.vision is None:
         return Ahead()
     sizes = family.sizes(before)
-    if CRITERIA[options.criterion].needs & GRADIENTS and options.from_sensitivity is None:
+    if CRITERIA[options.criterion].needs & (GRADIENTS | WHOLE) and options.from_sensitivity is None:
         complain("criterion", f"{options.criterion} takes text alone, and the calibration data have images")
     if options.keep_layers is not None and options.keep_layers < sizes.layers:
         complain("keep_layers", "layers are chosen on text alone, and the calibration data have images")
@@ -57,11 +65,21 @@ def _images(options: PruneOptions, before: Header, family: Family, data: DataSpe
     return Ahead(4 * tower + image + hidden, 0, (note,))
 
 
-def _gradients(
-    options: PruneOptions, before: Header, family: Family, layer: int, context: PlanContext, complain: Complain
+def _criterion(
+    options: PruneOptions,
+    before: Header,
+    family: Family,
+    layer: int,
+    cut: Collection[str],
+    context: PlanContext,
+    complain: Complain,
 ) -> Ahead:
     needs = CRITERIA[options.criterion].needs
-    if not needs & GRADIENTS or options.from_sensitivity is not None:
+    if options.from_sensitivity is not None:
+        return Ahead()
+    if needs & WHOLE:
+        return _whole(options, before, family, cut, context, complain)
+    if not needs & GRADIENTS:
         return Ahead()
     if (beside := family.head_beside(before.text_config)) is not None:
         complain("criterion", f"{options.criterion} needs the gradient of the loss, which knows none of this: {beside}")
@@ -75,6 +93,34 @@ def _gradients(
     where = f"; its layers' inputs lie on the disk meanwhile ({size(outside)})" if outside else ""
     note = f"{options.criterion}: first a backward pass of the dense model, {windows} x {data.length} tokens{where}"
     return Ahead(alive, outside, (note,))
+
+
+def _whole(
+    options: PruneOptions,
+    before: Header,
+    family: Family,
+    cut: Collection[str],
+    context: PlanContext,
+    complain: Complain,
+) -> Ahead:
+    """The stock model in float32, with gradients where the criterion takes them, and one window's graph of it all."""
+    config, sizes, data = before.text_config, family.sizes(before), context.data["calibration"]
+    reasons = {
+        "stock transformers does not load it": family.stock is not None,
+        "heads whose q, k and v are one matrix": "heads" in cut
+        and f"{QKV_FUSED}.weight" in family.layer(sizes, config),
+        "heads with rotary embeddings of several axes": "heads" in cut and family.text != "model",
+    }
+    wrong = ", ".join(reason for reason, holds in reasons.items() if holds)
+    if wrong:
+        complain("criterion", f"Torch-Pruning's graph is of no use for this {family.name}: {wrong}")
+    slopes = options.criterion == "tp-taylor"
+    parameters = sum(spec.parameters for spec in before.tensors.values())
+    attention = 3 * sizes.heads * data.length**2
+    layer = attention + data.length * (8 * sizes.ffn + 10 * sizes.heads * sizes.head_dim + 16 * sizes.hidden)
+    window = 4 * (sizes.layers * layer + 4 * data.length * sizes.vocab) if slopes else 0
+    note = f"{options.criterion}: first the whole stock model is held in float32{', with its gradients' * slopes}"
+    return Ahead((8 if slopes else 4) * parameters + window, 0, (note,))
 
 
 def _graph(sizes: Sizes, length: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from compress.steps.prune.widths import Decoder, Keeps, Layer, own, width_multiple
+from compress.steps.prune.widths import Decoder, Keeps, own, width_multiple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,14 +50,8 @@ def uncovered(keeps: Keeps, decoder: Decoder, curves: Mapping[At, CostCurve]) ->
     return None
 
 
-def choices(
-    decoder: Decoder,
-    curves: Mapping[At, CostCurve],
-    free: Iterable[At],
-    weigh: Callable[[Layer, str], int],
-    heads: set[int],
-) -> dict[At, Choice]:
-    """What every group of `free` may keep. weigh: parameters of one unit; heads: counts that a loader takes.
+def choices(decoder: Decoder, curves: Mapping[At, CostCurve], free: Iterable[At], heads: set[int]) -> dict[At, Choice]:
+    """What every group of `free` may keep, and the matrix parameters that go. heads: counts that a loader takes.
 
     FFN widths are multiples of `width_multiple`, heads of the KV heads; at most MOST of the units go, and no more than
     the curve reaches.
@@ -71,7 +65,7 @@ def choices(
         most = min(int(MOST * group.units), int(curve.removed[-1]))
         keep = [n for n in range(step, group.units, step) if group.units - n <= most and (name == "ffn" or n in heads)]
         keep = [group.units, *reversed(keep)]
-        gone = [(group.units - n) * weigh(layer, name) for n in keep]
+        gone = [(group.units - n) * layer.weight(name) for n in keep]
         found[index, name] = Choice(tuple(keep), tuple(gone), tuple(curve.at(group.units - n) for n in keep))
     return found
 
@@ -123,7 +117,7 @@ def allocate(decoder: Decoder, base: Keeps, options: Mapping[At, Choice], over: 
     """The widths of least predicted loss within a budget; None where all that may go is not enough.
 
     base: what stays of every group that is not in `options`. over: parameters by which a model is beyond the budget, 0
-    or less when it is within. It is asked again after each allocation, because bytes are not quite parameters.
+    or less when it is within. It is asked again after each allocation, because biases and file headers count there.
     """
     keys = list(options)
     keeps, need = base, over(base)

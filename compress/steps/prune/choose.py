@@ -105,8 +105,7 @@ def _per_layer(
     groups = ("ffn",) if options.heads is not None or options.keep_heads is not None else ("heads", "ffn")
     free = [(i, name) for i in range(len(base)) for name in groups if (i, name) not in decoder.fixed]
     counts = {n for n in range(1, decoder.most_heads.heads + 1) if n % decoder.most_heads.kv_heads == 0 and loadable(n)}
-    weigh = Layer.weight if key == "ratio" else parameters_of_unit
-    may = choices(decoder, curves.curves, free, weigh, counts)
+    may = choices(decoder, curves.curves, free, counts)
     size, limit, told = _budget(options, decoder, key)
     if size(base) <= limit:
         complain(key, f"{told(limit)} removes nothing: the model stays within it as it is ({told(size(base))})")
@@ -143,14 +142,6 @@ def _budget(
 
 
 _NOUN = {"params": "parameters", "bytes": "bytes"}
-
-
-def parameters_of_unit(layer: Layer, group: str) -> int:
-    """All parameters that one unit owns, biases included."""
-    return sum(
-        cut.width * math.prod(layer.shapes[cut.tensor]) // layer.shapes[cut.tensor][cut.axis]
-        for cut in layer.groups[group].cuts
-    )
 
 
 def _widths(keeps: Keeps) -> str:

@@ -1,6 +1,7 @@
-"""The backward pass that some criteria need: over which windows, by which stream, and its sums as a run's state.
+"""What some criteria need of the whole dense model (a backward pass, or Torch-Pruning's graph): over which windows, by
+which stream, and the numbers as a run's state.
 
-It is made once, on the dense model, before a layer is cut: a gradient at one layer depends on all the others.
+It is taken once, before a layer is cut: a gradient at one layer depends on all the others.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from compress.arch import Group
+from compress.steps.prune.coupled import scored
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Job
-from compress.stream import GRADIENTS, Statistic
+from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found, gradients
 from compress.stream.forward import Stream
 
@@ -27,12 +29,15 @@ def gathered(
     groups: Sequence[Sequence[Group]],
     needs: frozenset[Statistic],
 ) -> Found:
-    """What of `needs` takes a backward pass of the dense model, for every layer; nothing of any where none does."""
+    """What of `needs` takes a backward pass of the dense model, or the whole of it in memory, for every layer; nothing
+    of any where none does."""
+    # calibration windows are in seeded order: the first ones are as good as any
+    part = ids[: options.gradient_samples]
+    if needs & WHOLE and any(groups):
+        return scored(job, part, groups, needs)
     wanted = needs & GRADIENTS
     if not wanted or not any(groups):
         return [{} for _ in groups]
-    # calibration windows are in seeded order: the first ones are as good as any
-    part = ids[: options.gradient_samples]
     return gradients(stream, part, groups, wanted, scratch=job.target.parent, progress=job.progress)
 
 

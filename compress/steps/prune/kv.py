@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from compress.arch.family import QKV, QKV_FUSED, Family
+from compress.arch.family import Family
 from compress.arch.kv import K_NORM
+from compress.arch.layer import QKV, QKV_FUSED
 from compress.arch.rope import INTERLEAVED, Orders, arranged, rotary_rows
 from compress.checkpoint.headers import Header
 from compress.solve import Refit, damping_vector, refit_to
@@ -233,7 +234,7 @@ class Merger:
         `stay` [H] query heads alone (None: all). fed: what goes into it. orders: of rotary rows in the result.
         """
         source, sizes, device = place[0], self.sizes, self.before.device
-        stay = torch.arange(sizes.heads, device=device) if stay is None else stay
+        stay = torch.arange(sizes.heads, device=device) if stay is None else stay.to(device)
         heads = read_heads(tensors, stay // sizes.group_size, sizes.kv_heads, sizes.head_dim)
         if self.method == ALIGNED:
             assert fed is not None

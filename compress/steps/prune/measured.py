@@ -15,7 +15,7 @@ from compress.checkpoint.headers import Header
 from compress.curves import Curves, read_curves
 from compress.errors import MachineError, UserError
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.widths import Keeps, Layer
+from compress.steps.prune.widths import WHOLE, Keeps, Layer
 from compress.steps.types import Complain
 
 KEY = "from_sensitivity"
@@ -25,7 +25,7 @@ def measured(before: Header, layers: Sequence[Layer], options: PruneOptions, com
     """The folder that `from_sensitivity` names; None after a complaint: the folder cannot be read, is of another model,
     lacks a group, or was ranked by another criterion than the step asks for."""
     assert options.from_sensitivity is not None
-    for key in ("keep_layers", "keep_kv_heads"):
+    for key in WHOLE:
         if getattr(options, key) is not None:
             complain(KEY, f"not with '{key}': the folder ranks units of whole layers, and predicts no such cut")
             return None

@@ -180,6 +180,11 @@ class PruneOptions(StepOptions):
         None,
         description="KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped.",
     )
+    kv_cache_bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "12KiB or 20480")] = Field(
+        None,
+        description="Bytes that the keys and values of a token may take in the cache, in the checkpoint's dtype, as in "
+        "12KiB: as many KV heads stay as fit.",
+    )
     kv_merge: Annotated[str, *one_of("way to merge KV heads", KV_MERGES)] = Field(
         "aligned",
         description="What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best "
@@ -227,7 +232,7 @@ class PruneOptions(StepOptions):
         "the refit needs is gathered again.",
     )
     gradient_samples: Count = Field(
-        16, description="Calibration windows, at most, that the backward pass of taylor and fisher sees."
+        16, description="Calibration windows, at most, that the backward pass of taylor, fisher and tp-taylor sees."
     )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
-from compress.arch.kv import KV_HEADS, kv_heads
+from compress.arch.kv import KV_HEADS
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header, TensorSpec
 from compress.checkpoint.layout import files_bytes
-from compress.checkpoint.per_layer import anchored
 from compress.criteria import CRITERIA
 from compress.curves import Curves
 from compress.data import expected_tokens
@@ -24,7 +23,8 @@ from compress.steps.prune.choose import choose
 from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.shares import weight_notes
-from compress.steps.prune.widths import Decoder, Keeps, Layer, kv_heads_left, own
+from compress.steps.prune.whole import layers_left
+from compress.steps.prune.widths import Decoder, Keeps, Layer, own
 from compress.steps.types import Complain, PlanContext, StepPlan
 
 _NARROW = "stock transformers was not shown to load such a checkpoint of it"
@@ -61,10 +61,10 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         return None
     family = family_of(before)
     whole = layers_of(before, family)
-    found = _layers_left(before, family, whole, options, complain)
-    if found is None:
+    left = layers_left(before, family, whole, options, complain)
+    if left is None:
         return None
-    layers, kv = found
+    layers, kv = left.layers, left.kv
 
     def measure(keep: Keeps) -> tuple[int, int]:
         cut = _cut(before, family, layers, keep)
@@ -101,7 +101,13 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         return None
     share = decoder.removed(keep) / decoder.matrix_parameters
     parameters, nbytes = measure(keep)
-    first = ahead(options, before, family, _layer_parameters(before), context, complain)
+    losing = {
+        name
+        for layer, each in zip(layers, keep, strict=False)
+        for name, group in layer.groups.items()
+        if each[name] < group.units
+    }
+    first = ahead(options, before, family, _layer_parameters(before), losing, context, complain)
     loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
         kind="prune",
@@ -117,7 +123,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *by_hand.notes,
             *chosen,
-            *_whole_notes(options, whole, layers, kv),
+            *left.notes,
             *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *first.notes,
@@ -139,68 +145,6 @@ def _measured_notes(curves: Curves, loss: float) -> list[str]:
         f"units are ranked by {curves.criterion}, as {curves.folder} has them",
         f"predicted rise of the loss: {loss:.4f} nats a token (perplexity {times:.4g} times the dense one)",
     ]
-
-
-def _layers_left(
-    before: Header, family: Family, layers: tuple[Layer, ...], options: PruneOptions, complain: Complain
-) -> tuple[tuple[Layer, ...], dict[str, int]] | None:
-    """As many layers as stay, with KV heads as a group of theirs where fewer stay, and how many of those; None after a
-    complaint. The layers are the first ones, and stand for any."""
-    left = kv_heads_left(options, layers[0].sizes, complain)
-    keep = len(layers) if options.keep_layers is None else options.keep_layers
-    if keep > len(layers):
-        complain("keep_layers", f"{keep} layers cannot stay: the model has {len(layers)}")
-        return None
-    if keep < (first := anchored(before.config)):
-        complain("keep_layers", f"{keep} layers cannot stay: images enter the first {first}, which do not go")
-        return None
-    if left is None:
-        return None
-    fewer = left < layers[0].sizes.kv_heads
-    for key, less in (("keep_layers", keep < len(layers)), ("keep_kv_heads", fewer)):
-        if less and (options.protect or options.pin or len(set(map(id, layers))) > 1):
-            complain(key, "not where layers differ in width, by 'protect', 'pin' or in the model as it is")
-            return None
-    if keep < len(layers) and (other := _another_dtype(before, family)):
-        complain("keep_layers", other)
-        return None
-    if fewer:
-        one = layers[0]
-        one = replace(one, groups={**one.groups, KV_HEADS: kv_heads(one.sizes, one.shapes)})
-        layers = (one,) * len(layers)
-    return layers[:keep], {KV_HEADS: left} if fewer else {}
-
-
-def _another_dtype(before: Header, family: Family) -> str | None:
-    """Why not any layer can take the place of any other: two are stored in different dtypes."""
-    first, inside = family.prefix(0), f"{family.root}.layers."
-    for name, spec in before.tensors.items():
-        if name.startswith(inside):
-            like = before.tensors.get(first + name.removeprefix(inside).partition(".")[2])
-            if like is not None and like.dtype != spec.dtype:
-                return f"tensor '{name}' is {spec.dtype}, that of layer 0 is {like.dtype}"
-    return None
-
-
-def _whole_notes(
-    options: PruneOptions, whole: Sequence[Layer], layers: Sequence[Layer], kv: Mapping[str, int]
-) -> list[str]:
-    """What becomes of layers and KV heads, of which fewer stay."""
-    notes = []
-    if len(layers) < len(whole):
-        how = f"which ones is found in a forward pass of its own over the calibration ({options.layer_criterion})"
-        notes.append(f"{len(layers)} of {len(whole)} decoder layers stay; {how}")
-    for left in kv.values():
-        heads = whole[0].sizes.kv_heads
-        notes.append(f"{left} of {heads} KV heads stay in every layer: {MERGED[options.kv_merge]}")
-    return notes
-
-
-MERGED = {
-    "mean": "those in a row are averaged",
-    "aligned": "those in a row become the one that best stands for them",
-    "drop": "the least costly go, with the query heads that read them",
-}
 
 
 def cut_shape(shape: tuple[int, ...], name: str, group: Group, keep: int) -> tuple[int, ...]:
@@ -241,7 +185,11 @@ def _label(
             continue
         rewrite, why = family.label(before.config, sizes, options.flavour)
         if rewrite is None:
-            given = [key for key in ("heads", "keep_heads", "keep_kv_heads") if getattr(options, key) is not None]
+            given = [
+                key
+                for key in ("heads", "keep_heads", "keep_kv_heads", "kv_cache_bytes")
+                if getattr(options, key) is not None
+            ]
             key = given[0] if given else "keep_heads"
             complain("flavour" if any(r.flavour for r in family.rewrites) else key, why)
             return None

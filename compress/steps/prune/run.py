@@ -35,7 +35,7 @@ from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.prune.weights import TokenWeights, check_tokens, held_share
 from compress.steps.types import Job, Outcome
-from compress.stream import GRADIENTS, Statistic
+from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, compute_dtype
@@ -141,7 +141,7 @@ class _Pruner:
         self.names = tuple(layers[0].shapes)
         refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
         self.needs = self.criterion.needs if plan.measured is None else frozenset()
-        self.wanted = (self.needs - GRADIENTS) | refits if any(self.groups) else frozenset()
+        self.wanted = (self.needs - GRADIENTS - WHOLE) | refits if any(self.groups) else frozenset()
         self.gradients: Found = []  # of the layers to come
         self.positions: torch.Tensor | None = None  # of all tokens, where images stand between them
         self.chosen: list[dict[str, Chosen]] = []
@@ -205,7 +205,7 @@ class _Pruner:
         self.chosen, self.merged = scores.restored(tensors, facts["errors"]), facts["merged"]
         self.writer.resume(facts["written"])
         self.packer.restore(facts["packed"])
-        done = f"{len(self.chosen)} layers" if self.chosen else "the backward pass"
+        done = f"{len(self.chosen)} layers" if self.chosen else "what the criterion takes of the dense model"
         self.job.progress.note(f"going on after {done}, where an earlier run ended")
         return tensors.get("hidden"), tensors["probe"]
 

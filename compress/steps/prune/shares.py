@@ -7,7 +7,7 @@ from compress.data import DataSpec, occurring
 from compress.errors import MachineError, UserError
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain
-from compress.stream import GRADIENTS
+from compress.stream import GRADIENTS, WHOLE
 
 
 def weight_notes(options: PruneOptions, data: DataSpec, complain: Complain) -> list[str]:
@@ -17,13 +17,13 @@ def weight_notes(options: PruneOptions, data: DataSpec, complain: Complain) -> l
         return []
     given = options.from_sensitivity is not None
     needs = frozenset() if given else CRITERIA[options.criterion].needs
-    ranks = needs - GRADIENTS
+    ranks = needs - GRADIENTS - WHOLE
     if not (options.refit or ranks):
         key = "token_weights" if shares is None else "token_shares"
         complain(key, f"weighs nothing: {options.criterion} without refit gathers no statistics of the tokens")
         return []
     notes = ["tokens weigh 1 / mean square of the residual stream"] if options.token_weights == "norm" else []
-    if given or needs & GRADIENTS:
+    if given or needs & (GRADIENTS | WHOLE):
         notes.append("token weights count in the refit alone: the ranking is made without them")
     if shares is None:
         return notes

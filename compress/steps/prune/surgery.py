@@ -17,7 +17,7 @@ def select(ranking: Ranking, group: Group, keep: int, dropped: int = 0) -> torch
     blocks = group.units // group.balance
     gone_per_block = group.balance - keep // (blocks - dropped)
     cost = ranking.cost.view(blocks, group.balance).sum(1, dtype=torch.float64)
-    whole = set(torch.argsort(cost, stable=True)[:dropped].tolist())
+    whole = set(torch.argsort(cost, stable=True)[:dropped].cpu().tolist())
     stay = torch.ones(group.units, dtype=torch.bool, device=ranking.order.device)
     for block in range(blocks):
         members = ranking.order[ranking.order // group.balance == block]

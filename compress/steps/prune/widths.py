@@ -19,7 +19,7 @@ WIDE = 2048  # hidden size from which FFN widths are multiples of 256 (GGUF K-qu
 WITHIN = 0.015  # a target is met when the largest reachable size is at most this share below it
 SHARES = ("ratio", "ffn", "heads")
 EXACT = ("keep_ffn", "keep_heads")
-WHOLE = ("keep_layers", "keep_kv_heads")  # counted beside the shares
+WHOLE = ("keep_layers", "keep_kv_heads", "kv_cache_bytes")  # counted beside the shares
 TARGETS = ("params", "bytes")
 WIDTHS = ("ratio", "ffn", "keep_ffn", *TARGETS)  # each says how wide the FFN becomes
 
@@ -210,21 +210,6 @@ def _with_kv_heads(options: PruneOptions, decoder: Decoder) -> Sizes:
         return sizes
     keep = decoder.kv[KV_HEADS]
     return replace(sizes, heads=keep * sizes.group_size, kv_heads=keep)
-
-
-def kv_heads_left(options: PruneOptions, sizes: Sizes, refuse: Complain) -> int | None:
-    """How many KV heads stay; None after a complaint."""
-    keep = options.keep_kv_heads
-    if keep is None or keep == sizes.kv_heads:
-        return sizes.kv_heads
-    drop = options.kv_merge == "drop"
-    allowed = [n for n in range(1, sizes.kv_heads) if drop or sizes.kv_heads % n == 0]
-    if keep in allowed:
-        return keep
-    why = f"; {options.kv_merge} joins as many into each" if keep < sizes.kv_heads else ""
-    fewer = ", ".join(map(str, allowed)) or "none"
-    refuse("keep_kv_heads", f"{keep} of {sizes.kv_heads} KV heads cannot stay{why}; fewer that can: {fewer}")
-    return None
 
 
 def _ffn(

@@ -107,5 +107,5 @@ def _rest(names: Sequence[str], reader: Reader, packer: Packer, stream: Stream, 
             continue
         for start in range(0, vocab, step):  # the blocks of Stream.head: the very same products
             rows = packer.put_rows(name, start, reader.rows(name, slice(start, start + step)))
-            torch.mm(normed, rows.float().T, out=logits[:, start : start + len(rows)])
+            stream.output(normed, rows.float(), logits[:, start : start + len(rows)], start)
     return logits.view(*hidden.shape[:2], vocab)

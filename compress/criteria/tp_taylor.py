@@ -1,0 +1,25 @@
+"""Torch-Pruning's GroupTaylorImportance (Fang et al. 2023, DepGraph): its own code, on the group that its own graph
+finds (steps/prune/coupled.py), with the gradients of the windows' summed mean losses.
+
+With its defaults: the mean over the coupled matrices of the sum of |w dL/dw|, over the mean of all units. So it ranks
+as `taylor` does, but for biases, which it leaves out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.criteria import GroupView, Ranking, ranking_by_score
+
+
+def rank(view: GroupView, damping: float) -> Ranking:
+    """s_u = the mean over the unit's columns of what Torch-Pruning says of each."""
+    del damping
+    return ranking_by_score(view.statistics["tp_taylor"])
+
+
+def importance() -> Any:
+    """Torch-Pruning's function of a group."""
+    import torch_pruning
+
+    return torch_pruning.importance.GroupTaylorImportance()

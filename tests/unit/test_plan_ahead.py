@@ -1,0 +1,63 @@
+"""What a criterion takes of the whole model before the first layer is cut stands in the plan: memory, disk, reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.criteria import CRITERIA
+from compress.data import DataSpec
+from compress.errors import UserError
+from compress.machine import Machine
+from compress.plan import make_plan
+from compress.recipe import Recipe
+from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.plan import PrunePlan
+from compress.stream import GRADIENTS, WHOLE
+from tests import sparse, tiny
+
+DATA = DataSpec(source="builtin", samples=64, length=512)
+
+
+def planned(model: Path, **options: object) -> PrunePlan:
+    recipe = Recipe.single("prune", str(model), PruneOptions(ffn=0.2, force=True, **options), data=DATA)
+    (step,) = make_plan(recipe, Machine(1), check_machine=False).steps
+    assert isinstance(step, PrunePlan)
+    return step
+
+
+def test_of_nine_billion_parameters_the_layers_inputs_lie_on_the_disk(tmp_path: Path) -> None:
+    model = sparse.glm41v_9b(tmp_path / "model")
+    plain = planned(model)
+    for criterion in [name for name, entry in CRITERIA.items() if entry.needs & GRADIENTS]:
+        found = planned(model, criterion=criterion)
+        tape = 4 * 40 * 16 * 512 * 4096  # float32, layers, windows, tokens, hidden
+        assert found.scratch == tape > plain.scratch
+        assert plain.memory <= found.memory < 12 * 2**30
+        first = f"{criterion}: first a backward pass of the dense model, 16 x 512 tokens"
+        assert f"{first}; its layers' inputs lie on the disk meanwhile (5.0 GiB)" in found.notes
+        few = planned(model, criterion=criterion, gradient_samples=1)
+        assert few.scratch == plain.scratch
+        assert f"{criterion}: first a backward pass of the dense model, 1 x 512 tokens" in few.notes
+    assert not any("backward" in note for note in plain.notes)
+
+
+def test_what_needs_the_whole_model_counts_it(tmp_path: Path) -> None:
+    model = sparse.glm41v_9b(tmp_path / "model")
+    held = {name: planned(model, criterion=name) for name, entry in CRITERIA.items() if entry.needs & WHOLE}
+    assert held.keys() == {"tp-magnitude", "tp-taylor"}
+    parameters = sparse.GLM41V_9B_PARAMETERS
+    assert 4 * parameters < held["tp-magnitude"].memory < 6 * parameters
+    assert 8 * parameters < held["tp-taylor"].memory < 14 * parameters
+    for name, found in held.items():
+        assert any(note.startswith(f"{name}: first the whole stock model is held in float32") for note in found.notes)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_capped_logits_have_no_gradient_here(criterion: str, tmp_path: Path) -> None:
+    model = tiny.gemma3_text(tmp_path / "model", final_logit_softcapping=2.0)
+    with pytest.raises(
+        UserError, match=f"criterion: {criterion} needs the gradient of the loss.*final_logit_softcapping"
+    ):
+        planned(model, criterion=criterion)
