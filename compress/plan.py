@@ -199,7 +199,8 @@ def _check_data(
     needed = _needed_data(recipe)
     for part in needed:
         try:
-            check(getattr(recipe.data, part), cast(Part, part), folder, progress)
+            images = part == "calibration"
+            check(getattr(recipe.data, part), cast(Part, part), folder, progress, images=images)
             if part in authors:
                 authors[part].refuse()
         except UserError as problem:

@@ -22,7 +22,7 @@ from compress.checkpoint.digests import ahead, digest
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.ledger import Ledger
 from compress.checkpoint.writer import CARRIED, disk_errors, sync
-from compress.data import DataSpec, commits
+from compress.data import DataSpec, commits, pictures_of
 from compress.device import described, device_of, precision_of
 from compress.errors import size
 from compress.machine import Machine, Progress
@@ -191,13 +191,15 @@ def evaluation_key(plan: Plan, machine: Machine, stage: str) -> str:
 
 
 def data_key(spec: DataSpec) -> dict[str, Any]:
-    """A data source by its keys, the digests of the local files it names, and the commits of the hub's datasets."""
+    """A data source by its keys, the digests of the local files it names and of their images, and the commits of the
+    hub's datasets."""
     sources = [spec.source] if isinstance(spec.source, str) else list(spec.source)
     files: dict[str, str] = {}
     for source in sources:
         path = Path(source)
         inner = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
         files |= {str(file): digest(file) for file in inner}
+    files |= {str(image.path): digest(image.path) for image in pictures_of(spec)}
     return {"spec": spec.model_dump(mode="json"), "files": files, "commits": commits(spec)}
 
 

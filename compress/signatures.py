@@ -242,7 +242,7 @@ class PruneKeywords(StepKeywords, total=False):
     stream that goes into the layer).
     """
     token_shares: dict[str, int] | str | None
-    """Share of the weight of all tokens that each kind of token has (text, prompt, answer), as in
+    """Share of the weight of all tokens that each kind of token has (text, image, prompt, answer), as in
     prompt=0.4,answer=0.6; every kind that occurs must be named.
     """
     force: bool

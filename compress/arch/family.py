@@ -121,6 +121,8 @@ class Family:
     read: a text config with its sizes under the names that `Sizes` is read by; keys: what a config calls those names.
     norm: the tensors of the last norm. before: modules of the decoder that run before its first layer, beside the
     embedding. traced: found by compress/trace, and not described.
+    vision: module path of the vision tower that images of a calibration go through, named so on disk as well; None:
+    calibrated on text alone.
     layered: whether its layers may differ in width: its stock layer class takes a config and an index.
     """
 
@@ -148,6 +150,7 @@ class Family:
     before: tuple[str, ...] = ()
     traced: bool = False
     layered: bool = False
+    vision: str | None = None
 
     @property
     def loaders(self) -> tuple[str, ...]:

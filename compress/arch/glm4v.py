@@ -115,6 +115,7 @@ GLM4V = Family(
     groups=_groups,
     refuse=_derived_head_dim,
     skip=("lm_head", "model.visual"),
+    vision="model.visual",
     layered=True,
     unlike=lambda config: "head_dim" if _reads_head_dim(config) else None,
     rewrites=(PORTABLE_LABEL, NATIVE_LABEL),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from compress.data.builtin import PARAGRAPH, SHARES, builtin_parts, normalised
 from compress.data.chat import has_template
+from compress.data.images import Picture, Processor, processor_of
 from compress.data.kinds import PADDING, TOKEN_KINDS, occurring
 from compress.data.sample import sampling_memory
-from compress.data.sources import BYTES_A_TOKEN, check, commits, documents, expected_tokens, most_tokens
+from compress.data.sources import BYTES_A_TOKEN, check, commits, documents, expected_tokens, most_tokens, pictures_of
 from compress.data.spec import BUILTIN, KINDS, SELF, DataSpec, Part, counts, parse_sources, sources
 from compress.data.tokens import TOKENIZERS, Tokens, evenly_spaced, windows
 
@@ -26,6 +27,8 @@ __all__ = [
     "TOKEN_KINDS",
     "DataSpec",
     "Part",
+    "Picture",
+    "Processor",
     "Tokens",
     "builtin_parts",
     "check",
@@ -39,6 +42,8 @@ __all__ = [
     "normalised",
     "occurring",
     "parse_sources",
+    "pictures_of",
+    "processor_of",
     "sampling_memory",
     "sources",
     "windows",

@@ -1,6 +1,6 @@
 """Chats: `messages` of {role, content}, checked where they are read and rendered by the model's own template.
 
-Only text is taken: content is a string or a list of text parts. Other keys of a message go to the template as they are.
+Content is a string or a list of text and image parts. Other keys of a message go to the template as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.headers import read_json
+from compress.data.images import Picture, picture
 from compress.errors import UserError
 
 # what a template writes around the text, generously: a system prompt of its own, and the marks of a message
@@ -21,15 +22,17 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation; every message has a role and a content, both text. `where` is its file and line."""
+    """One conversation; every message has a role and a content: text, or parts where it holds `images`, which stand in
+    the order of their parts. `where` is its file and line."""
 
     messages: tuple[Mapping[str, Any], ...]
     where: str
+    images: tuple[Picture, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """About the most bytes that a template makes of it."""
-        said = sum(len(message["role"].encode()) + len(message["content"].encode()) for message in self.messages)
+        """About the most bytes that a template makes of it, images left out."""
+        said = sum(len(message["role"].encode()) + len(said_in(message).encode()) for message in self.messages)
         return said + CHAT_BYTES + MESSAGE_BYTES * len(self.messages)
 
 
@@ -45,15 +48,24 @@ def encoded(text: str, what: str, where: str) -> str:
     return text
 
 
-def chat(found: Any, where: str) -> Chat:
-    """The chat of a value of `messages`; UserError opens with `where` and says what is wrong with which message."""
+def said_in(message: Mapping[str, Any]) -> str:
+    """The text of a message."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def chat(found: Any, where: str, folder: Path | None = None) -> Chat:
+    """The chat of a value of `messages`, whose images lie in `folder`; UserError opens with `where` and says what is
+    wrong with which message."""
     if not isinstance(found, (list, tuple)) or not found:
         shown = "an empty list" if isinstance(found, (list, tuple)) else type(found).__name__
         raise UserError(f"{where}: 'messages' must be a list of {{role, content}}, found {shown}")
-    return Chat(tuple(_message(message, f"{where}, message {i}") for i, message in enumerate(found, 1)), where)
+    images: list[Picture] = []
+    messages = [_message(message, f"{where}, message {i}", folder, images) for i, message in enumerate(found, 1)]
+    return Chat(tuple(messages), where, tuple(images))
 
 
-def _message(found: Any, where: str) -> dict[str, Any]:
+def _message(found: Any, where: str, folder: Path | None, images: list[Picture]) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise UserError(f"{where}: expected {{role, content}}, found {type(found).__name__}")
     kept = {key: value for key, value in found.items() if value is not None}  # a table has null for a missing key
@@ -62,28 +74,30 @@ def _message(found: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: 'role' must be text, found {role!r}")
     if "content" not in kept and not kept.get("tool_calls"):
         raise UserError(f"{where}: no 'content', found keys {', '.join(map(repr, kept))}")
-    content = _text(kept.get("content", ""), where)
-    return kept | {"role": encoded(role, "'role'", where), "content": encoded(content, "'content'", where)}
+    content = _content(kept.get("content", ""), where, folder, images)
+    return kept | {"role": encoded(role, "'role'", where), "content": content}
 
 
-def _text(content: Any, where: str) -> str:
-    """The text of a content: itself, or its text parts one after the other."""
+def _content(content: Any, where: str, folder: Path | None, images: list[Picture]) -> str | list[dict[str, str]]:
+    """The text of a content, its parts one after the other; with images, whose files go to `images`, the parts."""
     if isinstance(content, str):
-        return content
+        return encoded(content, "'content'", where)
     if not isinstance(content, (list, tuple)):
         raise UserError(f"{where}: 'content' must be text or a list of parts, found {type(content).__name__}")
-    texts = []
+    parts, shown = [], len(images)
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if isinstance(kind, str) and kind.startswith(("image", "video", "audio", "input_audio")):
-            raise UserError(
-                f"{where}: {kind} part; only text is read, because calibration and training run on text alone"
-            )
+        if isinstance(kind, str) and kind.startswith(("video", "audio", "input_audio")):
+            raise UserError(f"{where}: {kind} part; only text and images are read")
+        if isinstance(part, Mapping) and isinstance(kind, str) and kind.startswith("image"):
+            images.append(picture(part, folder, where))
+            parts.append({"type": "image"})
+            continue
         text = part.get("text") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(text, str):
             raise UserError(f"{where}: a part must be {{type: text, text: ...}}, found a part of type {kind!r}")
-        texts.append(text)
-    return "".join(texts)
+        parts.append({"type": "text", "text": encoded(text, "'content'", where)})
+    return parts if len(images) > shown else "".join(part["text"] for part in parts)
 
 
 def has_template(folder: Path) -> bool:

@@ -77,17 +77,17 @@ def _json_lines(path: Path) -> list[Document]:
             value: Any = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
-        documents.append(_entry(value, where))
+        documents.append(_entry(value, where, path.parent))
     return documents
 
 
-def _entry(value: Any, where: str) -> Document:
+def _entry(value: Any, where: str, folder: Path) -> Document:
     if isinstance(value, Mapping):
         text = value.get("text")
         if isinstance(text, str):
             return encoded(text, "'text'", where)
         if "messages" in value:
-            return chat(value["messages"], where)
+            return chat(value["messages"], where, folder)
         found = f"keys {', '.join(map(repr, value)) or 'none'}"
     else:
         found = type(value).__name__

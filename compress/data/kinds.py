@@ -1,4 +1,4 @@
-"""Kinds of tokens: plain text, and in chats what the model is told and what it answers. Torch-free.
+"""Kinds of tokens: plain text, and in chats what the model is shown and told and what it answers. Torch-free.
 
 Token weights give each kind its share (the prune step); what a kind is stands in docs/data.md.
 """
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 # A token's kind is its index here. padding: what fills a window up; nobody gives it a share.
-TOKEN_KINDS = ("padding", "text", "prompt", "answer")
-PADDING, TEXT, PROMPT, ANSWER = range(len(TOKEN_KINDS))
+TOKEN_KINDS = ("padding", "text", "image", "prompt", "answer")
+PADDING, TEXT, IMAGE, PROMPT, ANSWER = range(len(TOKEN_KINDS))
 
 
 def occurring(spec: DataSpec, part: Part) -> set[str]:
@@ -39,7 +39,7 @@ def _of(document: Document) -> set[int]:
     if not isinstance(document, Chat):
         return {TEXT}
     answered = any(message["role"] == "assistant" for message in document.messages)
-    return {PROMPT, ANSWER} if answered else {PROMPT}
+    return {PROMPT} | ({ANSWER} if answered else set()) | ({IMAGE} if document.images else set())
 
 
 def count_of(kinds: npt.NDArray[np.int8]) -> dict[str, int]:

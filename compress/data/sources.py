@@ -8,7 +8,8 @@ from pathlib import Path
 
 from compress.data.builtin import builtin_parts
 from compress.data.chat import Chat, Document, has_template, no_template
-from compress.data.files import of_path
+from compress.data.files import READERS, files, of_path
+from compress.data.images import Picture, processor_of
 from compress.data.spec import BUILTIN, HUB, SELF, DataSpec, Part, counts, sources
 from compress.errors import UserError
 from compress.machine import Progress, Silent
@@ -57,10 +58,18 @@ def hub_limit(count: int | None, length: int) -> int | None:
     return None if count is None else max(HUB_BYTES, HUB_BYTES_A_TOKEN * count * length)
 
 
-def check(spec: DataSpec, part: Part, folder: Path | None = None, progress: Progress | None = None) -> None:
+def check(
+    spec: DataSpec,
+    part: Part,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    images: bool = False,
+) -> None:
     """Refuse, without a tokenizer, what cannot give the windows asked for.
 
-    `folder`, where it is known, is the tokenizer's: chats need its template. Raises one UserError about every source
+    `folder`, where it is known, is the tokenizer's: chats need its template. `images`: whether chats may hold some,
+    which are opened then, and counted. Raises one UserError about every source
     that is unknown, missing, empty or broken, or so short that no tokenizer makes enough tokens of it (none makes more
     than one token of a byte); for `self` one that asks for an evaluation or gives no number of samples. MachineError:
     a hub dataset that cannot be reached.
@@ -68,7 +77,7 @@ def check(spec: DataSpec, part: Part, folder: Path | None = None, progress: Prog
     problems: list[UserError] = []
     for source, count in counts(spec).items():
         try:
-            _check(source, count, spec.length, part, folder, progress)
+            _check(source, count, spec.length, part, folder, progress, images)
         except UserError as problem:
             problems.append(problem)
     if problems:
@@ -77,7 +86,13 @@ def check(spec: DataSpec, part: Part, folder: Path | None = None, progress: Prog
 
 
 def _check(
-    source: str, count: int | None, length: int, part: Part, folder: Path | None, progress: Progress | None
+    source: str,
+    count: int | None,
+    length: int,
+    part: Part,
+    folder: Path | None,
+    progress: Progress | None,
+    images: bool,
 ) -> None:
     if source == SELF:
         check_self(count, part)
@@ -87,12 +102,62 @@ def _check(
     chats = [document for document in found.documents if isinstance(document, Chat)]
     if chats and folder is not None and not has_template(folder):
         raise no_template(folder, chats[0].where)
+    shown = [document for document in chats if document.images]
+    if shown and not images:
+        raise no_images(shown[0])
+    if shown:
+        _check_images(source, found.documents, shown, count, length, folder)
+        return
     most = most_tokens_of(found.documents)
     if most < need:
         raise UserError(
             f"{source}: at most {most} tokens of {part} text, needed {need} ({count or 1} x {length})",
             hint="use a longer text, fewer samples or a shorter length",
         )
+
+
+def no_images(found: Chat) -> UserError:
+    """What is said where a chat with images meets what takes text alone."""
+    return UserError(f"{found.images[0].where}: an image; images are for the calibration of prune, all else takes text")
+
+
+def _check_images(
+    source: str,
+    documents: Sequence[Document],
+    shown: Sequence[Chat],
+    count: int | None,
+    length: int,
+    folder: Path | None,
+) -> None:
+    """Open every image, count its tokens, and refuse what can fill no window. A window is of whole documents."""
+    if count is None:
+        raise UserError(f"{source}: holds images, and needs samples, the number of windows")
+    if len(documents) < count:
+        raise UserError(
+            f"{source}: {len(documents)} documents fill at most as many windows, needed {count}: a window is of whole "
+            "documents where there are images",
+            hint="fewer samples, or more conversations",
+        )
+    if folder is None:
+        return
+    processor = processor_of(folder)
+    for found in shown:
+        tokens = sum(processor.tokens(processor.grid_of(image)) for image in found.images)
+        if tokens > length:
+            raise UserError(
+                f"{found.where}: its images are {tokens} tokens, and a window is {length}", "a larger length"
+            )
+
+
+def pictures_of(spec: DataSpec) -> list[Picture]:
+    """All images that the local files of a source name: .jsonl files alone can."""
+    found: list[Picture] = []
+    for source in sources(spec):
+        path = Path(source)
+        for file in files(path) if path.is_dir() or path.is_file() else []:
+            if file.suffix == ".jsonl":
+                found += (image for d in READERS[file.suffix](file) if isinstance(d, Chat) for image in d.images)
+    return found
 
 
 def check_self(count: int | None, part: Part) -> int:

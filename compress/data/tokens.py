@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.digests import digest
 from compress.checkpoint.headers import read_json
-from compress.data.chat import Document, render
+from compress.data.chat import Chat, Document, render
+from compress.data.images import Picture
 from compress.data.kinds import TEXT, characters, check_offsets, count_of, of_tokens
+from compress.data.packed import pack
 from compress.data.sample import TEMPERATURE, TOP_P, sample
-from compress.data.sources import check_self, hub_limit, read
+from compress.data.sources import check_self, hub_limit, no_images, read
 from compress.data.spec import SELF, DataSpec, Part, counts
 from compress.errors import UserError
 from compress.machine import Progress, Silent
@@ -32,7 +35,8 @@ class Tokens:
     """`ids`: int64 windows [N, length]. `digest`: sha256 of the text (of the ids, where a model sampled them; of the
     digests, where there are several sources). `tokens`: of the whole text, before windows were chosen. `note`: one line
     on what was taken from where. `revisions`: the commits of hub datasets, by source. `kinds`: what each token is, [N,
-    length], codes of TOKEN_KINDS; None where nobody asked."""
+    length], codes of TOKEN_KINDS; None where nobody asked and no window has images. `images`: of each window, in the
+    order of their tokens; empty where no window has any."""
 
     ids: npt.NDArray[np.int64]
     digest: str
@@ -40,6 +44,7 @@ class Tokens:
     note: str
     revisions: Mapping[str, str] = field(default_factory=dict)
     kinds: npt.NDArray[np.int8] | None = None
+    images: tuple[tuple[Picture, ...], ...] = ()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -57,6 +62,7 @@ def windows(
     *,
     model: Path | None = None,
     kinds: bool = False,
+    images: bool = False,
     progress: Progress | None = None,
 ) -> Tokens:
     """Windows of `spec.length` tokens of the tokenizer in `folder`: consecutive, disjoint, the rest is dropped.
@@ -74,7 +80,7 @@ def windows(
     tokenizer = tokenizer_of(folder)
     if kinds:
         check_offsets(tokenizer, folder)
-    maker = _Maker(spec.length, part, seed, folder, model or folder, tokenizer, kinds, progress or Silent())
+    maker = _Maker(spec.length, part, seed, folder, model or folder, tokenizer, kinds, images, progress or Silent())
     found = [maker.windows(source, count) for source, count in counts(spec).items()]
     if len(found) == 1:
         return found[0]
@@ -82,7 +88,11 @@ def windows(
     order = np.arange(len(ids))
     if part != "evaluation":
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(ids))
-    told = [tokens.kinds for tokens in found if tokens.kinds is not None]
+    told = None
+    if any(tokens.kinds is not None for tokens in found):
+        told = np.concatenate([_kinds_of(tokens) for tokens in found])[order]
+    shown = [tokens.images or ((),) * len(tokens.ids) for tokens in found]
+    pictures = tuple(window for each in shown for window in each) if any(tokens.images for tokens in found) else ()
     together = "\n".join(f"{tokens.digest} {len(tokens.ids)}" for tokens in found)
     return Tokens(
         ids[order],
@@ -90,7 +100,8 @@ def windows(
         sum(tokens.tokens for tokens in found),
         "; ".join(tokens.note for tokens in found),
         {source: commit for tokens in found for source, commit in tokens.revisions.items()},
-        np.concatenate(told)[order] if told else None,
+        told,
+        tuple(pictures[index] for index in order) if pictures else (),
     )
 
 
@@ -105,6 +116,7 @@ class _Maker:
     model: Path
     tokenizer: Any
     kinds: bool
+    images: bool
     progress: Progress
 
     def windows(self, source: str, samples: int | None) -> Tokens:
@@ -113,6 +125,10 @@ class _Maker:
             return self._sampled(check_self(samples, self.part))
         text = read(source, self.part, hub_limit(samples, self.length), self.progress)
         texts = [d if isinstance(d, str) else render(d, self.tokenizer, self.folder) for d in text.documents]
+        if shown := [d for d in text.documents if isinstance(d, Chat) and d.images]:
+            if not self.images:
+                raise no_images(shown[0])
+            return self._packed(source, text.documents, texts, samples or 1)
         # a chat template writes the special tokens that a text begins with
         special = self.part == "evaluation" and all(isinstance(d, str) for d in text.documents)
         stream, kinds = self._encode(texts, special, text.documents)
@@ -164,6 +180,29 @@ class _Maker:
         chosen = np.random.Generator(np.random.PCG64(self.seed)).permutation(count)[:taken]
         return chosen, f"{count} windows x {self.length} tokens, chosen with seed {self.seed}"
 
+    def _packed(self, source: str, documents: Sequence[Document], texts: Sequence[str], samples: int) -> Tokens:
+        """Windows of whole documents, some of which show images."""
+        import numpy as np
+
+        made = pack(documents, texts, self.tokenizer, self.folder, self.length, self.kinds)
+        count = len(made.ids)
+        if count < samples:
+            raise UserError(
+                f"{source}: {len(documents)} documents fill {count} windows of {self.length}, needed {samples}",
+                hint="more conversations, fewer samples or a shorter length",
+            )
+        _check_vocabulary(made.ids, self.folder)
+        chosen = np.random.Generator(np.random.PCG64(self.seed)).permutation(count)[:samples]
+        kinds = made.kinds[chosen]
+        said = ", ".join(f"{n} {name}" for name, n in count_of(kinds).items())
+        note = (
+            f"{self.part}: {samples} of {count} windows x {self.length} tokens, whole documents with their images, "
+            f"chosen with seed {self.seed}, from {source} ({said})"
+        )
+        images = tuple(made.images[index] for index in chosen)
+        shown = _digest([*texts, *(digest(image.path) for window in made.images for image in window)])
+        return Tokens(made.ids[chosen], shown, made.tokens, note, kinds=kinds, images=images)
+
     def _sampled(self, samples: int) -> Tokens:
         import numpy as np
 
@@ -189,6 +228,13 @@ def evenly_spaced(count: int, taken: int) -> npt.NDArray[np.int64]:
     from_end = np.float32(count - 1) - step * index[::-1]
     picked = np.where(index < taken // 2, step * index, from_end)
     return picked.astype(np.int64) if taken > 1 else np.zeros(1, np.int64)
+
+
+def _kinds_of(tokens: Tokens) -> npt.NDArray[np.int8]:
+    """The kinds of a source whose tokens nobody had to tell apart: text."""
+    import numpy as np
+
+    return np.full(tokens.ids.shape, TEXT, dtype=np.int8) if tokens.kinds is None else tokens.kinds
 
 
 def _digest(texts: Sequence[str]) -> str:

@@ -80,8 +80,12 @@ class Calls:
             rest = (None,) * (len(out) - 1)
             self._as_given = lambda hidden: (hidden, *rest)
 
-    def of(self, index: int, hidden: torch.Tensor) -> Call:
-        """The call of layer `index` for hidden states [B, L, hidden] of text without padding."""
+    def of(self, index: int, hidden: torch.Tensor, positions: torch.Tensor | None = None) -> Call:
+        """The call of layer `index` for hidden states [B, L, hidden] of text without padding; of tokens at `positions`
+        [3, B, L], where images stand between them, it is made anew, because every batch has its own."""
+        if positions is not None:
+            at = positions.to(hidden.device)
+            return self._record(inputs_embeds=torch.zeros_like(hidden), position_ids=at)[index]
         key = (hidden.shape, hidden.dtype)
         if key not in self._remembered:
             if len(self._remembered) >= KEPT:

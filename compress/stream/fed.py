@@ -12,17 +12,23 @@ from compress.limits import BATCH_TOKENS
 
 @dataclass(frozen=True)
 class Fed:
-    """hidden [N, L, hidden]; weights [N, L] float32 of the tokens, None: all the same."""
+    """hidden [N, L, hidden]; weights [N, L] float32 of the tokens, None: all the same; positions [3, N, L] of the
+    tokens (stream/vision.py), None: those of text."""
 
     hidden: torch.Tensor
     weights: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def part(self, start: int, stop: int) -> Fed:
         """Windows [start, stop): views."""
-        return Fed(self.hidden[start:stop], None if self.weights is None else self.weights[start:stop])
+        return Fed(
+            self.hidden[start:stop],
+            None if self.weights is None else self.weights[start:stop],
+            None if self.positions is None else self.positions[:, start:stop],
+        )
 
     def batches(self) -> Iterator[Fed]:
         """Batches of windows, as large as a stream takes them."""

@@ -188,19 +188,24 @@ class Stream:
             return_freed_memory()
 
     @torch.no_grad()
-    def advance(self, layer: nn.Module, hidden: torch.Tensor, *, keep: bool = True) -> None:
-        """Pass hidden states [N, L, hidden] through one layer, in place; `keep=False` only for what hooks see."""
+    def advance(
+        self, layer: nn.Module, hidden: torch.Tensor, *, keep: bool = True, positions: torch.Tensor | None = None
+    ) -> None:
+        """Pass hidden states [N, L, hidden] through one layer, in place; `keep=False` only for what hooks see.
+        positions [3, N, L]: of the tokens, where images stand between them."""
         batch = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), batch):
             part = hidden[start : start + batch]
-            out = self.through(layer, part.to(self.device))
+            at = None if positions is None else positions[:, start : start + batch]
+            out = self.through(layer, part.to(self.device), at)
             if keep:
                 part.copy_(out)
 
-    def through(self, layer: nn.Module, here: torch.Tensor) -> torch.Tensor:
+    def through(self, layer: nn.Module, here: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """What a layer of this stream makes of one batch [n, L, hidden] that is where the layer is, with the mask and
-        the positions that the stock model gives it for text without padding; with a graph where torch makes one."""
-        return self._calls.of(self._index[layer], here).of(layer, here)
+        the positions that the stock model gives it for text without padding, or at `positions` [3, n, L]; with a graph
+        where torch makes one."""
+        return self._calls.of(self._index[layer], here, positions).of(layer, here)
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor, progress: Progress | None = None, label: str = "forward") -> torch.Tensor:

@@ -220,7 +220,7 @@ def test_a_template_that_refuses_names_the_line(talker: Path, tmp_path: Path) ->
         ([{"role": "user", "content": "\ud800"}], "message 1: 'content' holds half of a surrogate pair"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": "y"}]}],
-            "message 1: image_url part; only text is read",
+            "message 1: an image must be {type: image, image: its path}, found {'type': 'image_url'",
         ),
     ],
 )

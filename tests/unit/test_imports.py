@@ -93,6 +93,7 @@ HEAVY = {
     "compress.trace.prove",
     "compress.trace.small",
     "compress.stream.tape",
+    "compress.stream.vision",
 }
 LIBRARIES = {"torch", "transformers", "accelerate", "bitsandbytes", "datasets", "matplotlib", "pandas"}
 

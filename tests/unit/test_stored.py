@@ -58,7 +58,11 @@ def test_any_two_values_meet_in_a_case() -> None:
     assert {name for name in FAMILIES if name not in LOADED} == {"glm4v_native"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# the names on disk are those of the stock model's modules, by which the test finds both sides
+NAMED_ALIKE = [case for case in CASES if FAMILIES[case.family].stored is None]
+
+
+@pytest.mark.parametrize("case", NAMED_ALIKE, ids=str)
 def test_stock_transformers_has_the_weights_and_logits_that_were_meant(
     case: Case, sources: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,5 @@
-"""What a criterion takes of the whole model before the first layer is cut, as a plan tells it. Torch-free."""
+"""What is done with the whole model before the first layer is cut, as a plan tells it: the backward pass of criteria
+that need gradients, images through the vision tower. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from compress.arch import Family, Sizes
 from compress.arch.layer import QKV_FUSED
 from compress.checkpoint.headers import Header
 from compress.criteria import CRITERIA
-from compress.data import expected_tokens
-from compress.errors import size
+from compress.data import DataSpec, expected_tokens, pictures_of
+from compress.errors import MachineError, UserError, size
 from compress.limits import BATCH_TOKENS, TAPE_BYTES, VOCAB_BYTES, vocab_rows
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain, PlanContext
 from compress.stream import GRADIENTS, WHOLE
+
+PATCHES_A_TOKEN, PATCH_BYTES = 4, 4 * 16 * 2048  # of an image; what the tower holds of a patch at once, generously
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,42 @@ def ahead(
     context: PlanContext,
     complain: Complain,
 ) -> Ahead:
-    """What `options.criterion` takes first. `layer`: parameters of the largest layer; `cut`: groups that lose units."""
+    """What `options.criterion` and the images of the calibration take first, one after the other. `layer`: parameters
+    of the largest layer; `cut`: groups that lose units."""
+    ranks = _criterion(options, before, family, layer, cut, context, complain)
+    shown = _images(options, before, family, context.data["calibration"], complain)
+    return Ahead(max(ranks.memory, shown.memory), ranks.scratch, ranks.notes + shown.notes)
+
+
+def _images(options: PruneOptions, before: Header, family: Family, data: DataSpec, complain: Complain) -> Ahead:
+    """What showing images takes, if there are any: the tower in float32, one image in it, all hidden states."""
+    try:
+        images = pictures_of(data)
+    except (UserError, MachineError):
+        return Ahead()  # what is wrong with the data is told where data are checked
+    if not images or family.vision is None:
+        return Ahead()
+    sizes = family.sizes(before)
+    if CRITERIA[options.criterion].needs & (GRADIENTS | WHOLE) and options.from_sensitivity is None:
+        complain("criterion", f"{options.criterion} takes text alone, and the calibration data have images")
+    if options.keep_layers is not None and options.keep_layers < sizes.layers:
+        complain("keep_layers", "layers are chosen on text alone, and the calibration data have images")
+    tower = sum(spec.parameters for name, spec in before.tensors.items() if name.startswith(f"{family.vision}."))
+    image = PATCHES_A_TOKEN * data.length * PATCH_BYTES
+    hidden = 4 * expected_tokens(data, "calibration") * sizes.hidden
+    note = f"images in the calibration data: {len(images)}; windows of them are filled up with padding of no weight"
+    return Ahead(4 * tower + image + hidden, 0, (note,))
+
+
+def _criterion(
+    options: PruneOptions,
+    before: Header,
+    family: Family,
+    layer: int,
+    cut: Collection[str],
+    context: PlanContext,
+    complain: Complain,
+) -> Ahead:
     needs = CRITERIA[options.criterion].needs
     if options.from_sensitivity is not None:
         return Ahead()

@@ -315,4 +315,4 @@ class Merger:
 
 def _until_enough(stream: Stream, layer: nn.Module, fed: Fed) -> None:
     with suppress(_Enough):
-        stream.advance(layer, fed.hidden, keep=False)
+        stream.advance(layer, fed.hidden, keep=False, positions=fed.positions)

@@ -33,13 +33,14 @@ from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
-from compress.steps.prune.weights import TokenWeights, held_share
+from compress.steps.prune.weights import TokenWeights, check_tokens, held_share
 from compress.steps.types import Job, Outcome
 from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
+from compress.stream.vision import Images, show, token_positions
 
 PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
@@ -47,7 +48,9 @@ PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 def run(job: Job) -> Outcome:
     """Prune `job.source` into `job.target`, in the format of `job.pack` if a quantize step is done with it."""
     asked = cast(PruneOptions, job.plan.options).token_shares is not None
-    tokens = windows(job.data["calibration"], "calibration", job.source, job.seed, kinds=asked, progress=job.progress)
+    tokens = windows(
+        job.data["calibration"], "calibration", job.source, job.seed, kinds=asked, images=True, progress=job.progress
+    )
     job.progress.note(tokens.note)
     weights = TokenWeights(cast(PruneOptions, job.plan.options), tokens.kinds)
     ids = torch.from_numpy(tokens.ids)
@@ -61,8 +64,10 @@ def run(job: Job) -> Outcome:
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
         options = cast(PruneOptions, plan.options)
-        pruner = _Pruner(job, plan, options, depth, weights, reader, streamed, writer)
+        pruner = _Pruner(job, plan, options, depth, weights, tokens.images, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
+        if "gram" in pruner.wanted and (said := check_tokens(tokens.kinds, pruner.groups, options.force)):
+            job.progress.note(said)
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         logits = pruner.run(ids, probe_ids)
         writer.config((job.pack or plan).after.config, job.source)
@@ -105,12 +110,14 @@ class _Pruner:
         options: PruneOptions,
         depth: Depth | None,
         weights: TokenWeights,
+        images: Images,
         reader: Reader,
         streamed: Reader,
         writer: Writer,
     ) -> None:
         self.job, self.plan, self.options, self.depth = job, plan, options, depth
-        self.weights, self.reader, self.streamed, self.writer = weights, reader, streamed, writer
+        self.weights, self.images = weights, images
+        self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
         dtype, self.why = compute_dtype(plan.before.dtype, streamed.device)
@@ -136,6 +143,7 @@ class _Pruner:
         self.needs = self.criterion.needs if plan.measured is None else frozenset()
         self.wanted = (self.needs - GRADIENTS - WHOLE) | refits if any(self.groups) else frozenset()
         self.gradients: Found = []  # of the layers to come
+        self.positions: torch.Tensor | None = None  # of all tokens, where images stand between them
         self.chosen: list[dict[str, Chosen]] = []
         heads = layers[0].sizes.kv_heads
         self.kv = kv_heads(layers[0].sizes, self.names)
@@ -152,6 +160,7 @@ class _Pruner:
 
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
         """All layers, and what lies outside them; returns the probe's logits [B, L, vocab]."""
+        self.positions = token_positions(self.before, ids, self.images)
         hidden, probe = self._begin(ids, probe_ids)
         layers = self._layers()
         with self.job.progress.task("pruning layers", len(layers)) as task:
@@ -179,7 +188,7 @@ class _Pruner:
             self.packer.put(self.job.family.prefix(index) + name, value.cpu())
         if hidden is not None and index + 1 < self.plan.layers:
             with self.after.layer_from(index, tensors) as layer:
-                self.after.advance(layer, hidden)
+                self.after.advance(layer, hidden, positions=self.positions)
         with self.probe.layer(index) as layer:
             self.probe.advance(layer, probe)
         self.packer.release()
@@ -207,6 +216,8 @@ class _Pruner:
         self.gradients = gradients.gathered(self.job, self.options, self.before, ids, groups, self.needs)
         looks = self.wanted or (self.merger is not None and self.merger.looks)
         hidden, probe = (self.before.embed(ids) if looks else None), self.probe.embed(probe_ids)
+        if hidden is not None:
+            show(self.before, hidden, ids, self.images, self.job.progress)
         if any(self.gradients):
             self._save(hidden, probe)
         return hidden, probe
@@ -229,7 +240,7 @@ class _Pruner:
         heads; returns its tensors, by their names inside it."""
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         tensors, masked = original, dict(original)  # masked: in the source's shapes, what was removed is zero
-        fed = None if hidden is None else Fed(hidden, self.weights.of(hidden))
+        fed = None if hidden is None else Fed(hidden, self.weights.of(hidden), self.positions)
         picked: dict[str, Chosen] = {}
         for group in self.groups[place]:
             what = f"layer {index} {group.name}"
@@ -291,10 +302,10 @@ class _Pruner:
         first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
         kept_back = Gathered({"gram"}, group.units, group.width, device) if back else None
         with self.before.layer_from(index, tensors) as layer, gathering(layer, {group.reader: gathered}, fed.weights):
-            self.before.advance(layer, first.hidden, keep=False)
+            self.before.advance(layer, first.hidden, keep=False, positions=first.positions)
             if kept_back is not None:
                 with gathering(layer, {group.reader: kept_back}, last.weights):
-                    self.before.advance(layer, last.hidden, keep=False)
+                    self.before.advance(layer, last.hidden, keep=False, positions=last.positions)
         held = None if kept_back is None else HeldOut(kept_back.results()["gram"], held_share(fed, back))
         return gathered.results(), held
 

@@ -5,10 +5,13 @@ Weights are made anew from tokens and hidden states where they are needed, so a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from compress.arch import Group
 from compress.data import PADDING, TOKEN_KINDS
 from compress.errors import UserError
 from compress.limits import BATCH_TOKENS
@@ -62,6 +65,22 @@ def _inverse_square(hidden: torch.Tensor) -> torch.Tensor:
     for start in range(0, len(hidden), batch):
         found[start : start + batch] = hidden[start : start + batch].float().square().mean(-1)
     return found.clamp_min(FLOOR * float(found.median())).clamp_min(1e-30).reciprocal()
+
+
+def check_tokens(kinds: npt.NDArray[np.int8] | None, groups: Sequence[Sequence[Group]], force: bool) -> str | None:
+    """How many tokens there are for a column of the widest of the groups' Gram matrices, in words, where padding stands
+    among them: a plan counts whole windows. UserError where they are fewer than columns, unless `force`."""
+    if kinds is None or not (kinds == PADDING).any():
+        return None
+    tokens = int((kinds != PADDING).sum())
+    columns = max((group.units * group.width for layer in groups for group in layer), default=1)
+    if tokens < columns and not force:
+        raise UserError(
+            f"{tokens} calibration tokens besides padding for a Gram matrix of {columns} columns: "
+            f"{tokens / columns:.2f} a column, and under 1 it is singular",
+            hint="give more samples (4 tokens a column or more), or force",
+        )
+    return f"{tokens} tokens besides padding, {tokens / columns:.1f} per column"
 
 
 def held_share(fed: Fed, back: int) -> float:

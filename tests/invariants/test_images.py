@@ -1,0 +1,210 @@
+"""Calibration with images, through the front door: statistics of what the stock model sees, resume, every refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.cli import main
+from compress.data import DataSpec, windows
+from compress.errors import UserError
+from compress.machine import Machine
+from compress.plan import make_plan
+from compress.receipt import load_receipt
+from compress.recipe import Recipe
+from compress.run import run
+from compress.steps.distill.options import DistillOptions
+from compress.steps.prune.options import PruneOptions
+from tests import sight, tiny
+from tests.faults.test_resume import interrupt
+from tests.invariants.test_run import MOMENT, contents
+from tests.stock import load
+
+LAYER = "model.language_model.layers.{}.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sight.can_see(tiny.glm4v(tmp_path_factory.mktemp("images") / "model"))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sight.chats(tmp_path_factory.mktemp("images"))
+
+
+def data(source: Any, **more: Any) -> DataSpec:
+    return DataSpec(
+        **{"source": source if isinstance(source, dict) else str(source), "samples": 5, "length": 64, **more}
+    )
+
+
+def prune(model: Path, out: Path, spec: DataSpec, **options: Any) -> Path:
+    return run(Recipe.single("prune", str(model), PruneOptions(**options), data=spec), out, Machine(1)).out
+
+
+def test_statistics_are_of_what_the_stock_model_sees(model: Path, chats: Path, tmp_path: Path) -> None:
+    """Wanda's costs, of the dense first layer and of the second one behind the cut first: squares of what the readers
+    get in the stock model with pixel values, padding left out."""
+    out = prune(model, tmp_path / "out", data(chats), keep_ffn=96, refit=False)
+    tokens = windows(data(chats), "calibration", model, 0, images=True)
+    assert tokens.kinds is not None
+    real = torch.from_numpy(tokens.kinds != 0)
+    assert 0 < real.sum() < real.numel()
+    scores = load_file(out / "sensitivity" / "1-prune" / "importance.safetensors")
+    for folder, index in ((model, 0), (out, 1)):
+        stock, seen = load(folder), []
+        reader = stock.get_submodule(LAYER.format(index))
+        reader.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            stock(**sight.stock_inputs(model, tokens), use_cache=False)
+        cost = reader.weight.square().sum(0) * seen[0][real].square().mean(0)
+        keep = scores[f"layers.{index}.ffn.keep"].long()
+        found = scores[f"layers.{index}.ffn.cost"]
+        torch.testing.assert_close(found if index == 0 else found[keep], cost, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep_ffn": 96, "keep_heads": 6},
+        {"keep_kv_heads": 1, "held_out": 0.4, "token_weights": "norm"},
+        {"ffn": 0.3, "token_shares": {"image": 0.2, "prompt": 0.3, "answer": 0.5}},
+    ],
+    ids=["heads", "kv", "shares"],
+)
+def test_pruning_with_images_ends_and_reloads(
+    options: dict[str, Any], model: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = prune(model, tmp_path / "out", data(chats), **options)
+    receipt = load_receipt(out)["steps"][0]
+    kinds = {"padding", "image", "prompt", "answer"} if "token_shares" in options else {"padding", "image", "text"}
+    assert receipt["calibration"]["kinds"].keys() == kinds
+    assert sum(receipt["calibration"]["kinds"].values()) == receipt["calibration"]["tokens"] == 5 * 64
+
+
+def test_images_stand_beside_other_sources(model: Path, chats: Path, tmp_path: Path) -> None:
+    out = prune(model, tmp_path / "out", data({str(chats): 1, "builtin": 3}, samples=12), ffn=0.3)
+    kinds = load_receipt(out)["steps"][0]["calibration"]["kinds"]
+    assert kinds["text"] > 9 * 64 and kinds["image"] > 0
+
+
+def test_an_interrupted_run_goes_on_and_other_images_start_anew(
+    model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "data"
+    shutil.copytree(chats.parent, mine)
+
+    def command(out: Path) -> list[str]:
+        flags = ["--ffn", "0.3", "--data", str(mine / "chats.jsonl"), "--samples", "5", "--length", "64", "-q"]
+        return ["prune", str(model), "-o", str(out), *flags, "--threads", "1", "--checkpoint-every", "0"]
+
+    def left(out: Path) -> dict[str, bytes]:
+        assert main(command(out)) == 0
+        return {name: content for name, content in contents(out).items() if name not in MOMENT}
+
+    whole = left(tmp_path / "whole")
+    from compress.checkpoint.ledger import Ledger
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, Ledger, "save", 1)
+        assert main(command(tmp_path / "out")) == 130
+    assert left(tmp_path / "out") == whole
+    shutil.copyfile(mine / "shots" / "1.png", mine / "shots" / "0.png")
+    changed = left(tmp_path / "changed")
+    digests = [json.loads(each["receipt.json"])["steps"][0]["calibration"]["digest"] for each in (whole, changed)]
+    assert digests[0] != digests[1]
+
+
+def refusal(model: Path, spec: DataSpec, options: Any = None, kind: str = "prune") -> str:
+    recipe = Recipe.single(kind, str(model), options or PruneOptions(ffn=0.3, force=True), data=spec)
+    with pytest.raises(UserError) as caught:
+        make_plan(recipe, Machine(1), where=None)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def told(folder: Path, image: Any, text: str = "x" * 300) -> Path:
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+    path = folder / "told.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("../secret.png", "must be a path inside"),
+        ("/etc/passwd", "must be a path inside"),
+        ("link.png", "must be a path inside"),
+        ("https://example.com/a.png", "must be a path inside"),
+        ("data:image/png;base64,AAAA", "must be a path inside"),
+        ("gone.png", "no such image, "),
+        ("text.png", "text.png is no image that can be read"),
+        (5, "an image must be {type: image, image: its path}"),
+        ("long.png", "pixels, and 200 times as long as wide is the most"),
+    ],
+)
+def test_images_that_cannot_be_read_are_refused_before_a_run(
+    image: Any, said: str, model: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    (tmp_path / "secret.png").write_bytes(b"not to be read")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (9000, 30)).save(folder / "long.png")
+    found = refusal(model, data(told(folder, image), samples=1))
+    assert said in found and "line 1, message 1" in found
+
+
+def test_what_does_not_take_images_says_so(model: Path, chats: Path, tmp_path: Path) -> None:
+    assert "a window is of whole documents" in refusal(model, data(chats, samples=11))
+    assert "tokens, and a window is 8" in refusal(model, data(chats, length=8))
+    assert "taylor takes text alone" in refusal(model, data(chats), PruneOptions(ffn=0.3, criterion="taylor"))
+    assert "layers are chosen on text alone" in refusal(model, data(chats), PruneOptions(keep_layers=1))
+    assert "images are for the calibration of prune" in refusal(model, data(chats), DistillOptions(), "distill")
+    other = tiny.qwen2_5_vl(tmp_path / "qwen")
+    shutil.copyfile(model / "chat_template.jinja", other / "chat_template.jinja")
+    assert "a qwen2_5_vl calibrates on text alone" in refusal(other, data(chats))
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "preprocessor_config.json").unlink()
+    assert "no preprocessor_config.json" in refusal(bare, data(chats))
+
+
+def test_padding_does_not_count_as_tokens_a_column(model: Path, chats: Path, tmp_path: Path) -> None:
+    """3 windows of 64 tokens are more than the 128 columns of the widest Gram matrix; what is in them is less."""
+    path = told(chats.parent, "shots/0.png", "y" * 24)
+    path.write_text(path.read_text() * 3)
+    with pytest.raises(UserError, match=r"1\d\d calibration tokens besides padding for a Gram matrix of 128 columns"):
+        prune(model, tmp_path / "out", data(path, samples=3), ffn=0.3)
+    prune(model, tmp_path / "out", data(path, samples=3), ffn=0.3, force=True)
+
+
+def test_the_analysis_takes_text_alone(
+    model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(chats), "--samples", "2", "--length", "64", "--no-pictures"]
+    assert main(["sensitivity", str(model), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert "images are for the calibration of prune" in capsys.readouterr().err
+
+
+def test_a_conversation_is_cut_behind_its_last_image_alone(model: Path, chats: Path, tmp_path: Path) -> None:
+    spec = data(told(chats.parent, "shots/0.png", "y" * 500), samples=1)
+    found = windows(spec, "calibration", model, 0, images=True)
+    assert found.kinds is not None and (found.kinds != 0).all()
+    parts = [{"type": "text", "text": "z" * 60}, {"type": "image", "image": "shots/0.png"}]
+    path = chats.parent / "late.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}) + "\n")
+    with pytest.raises(
+        UserError, match=r"late.jsonl, line 1: \d+ tokens up to the end of its last image, and a window"
+    ):
+        windows(data(path, samples=1), "calibration", model, 0, images=True)
