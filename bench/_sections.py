@@ -8,6 +8,8 @@ from _markdown import MIB, Row, by_setting, described, number, table, verdict
 
 METHODS = {
     "wanda": "wanda + refit (default)",
+    "wanda-per-layer": "wanda + refit, per-layer widths, heads against FFN",
+    "obs-per-layer": "obs + refit, per-layer widths, heads against FFN",
     "wanda-held-out": "wanda + refit, damping chosen on held-out windows",
     "obs": "obs + refit",
     "flap": "flap + refit",
@@ -40,6 +42,7 @@ PRUNING_MUST: dict[tuple[str, float], tuple[float, float | None]] = {
     ("self+wikitext", 0.20): (1.57, 1.55),
     ("self+wikitext", 0.35): (2.45, 2.45),
 }
+PER_LAYER_MUST = {0.20: 1.44, 0.35: 2.03}  # calibrated on WikiText-2 valid, judged on its test split
 FAR = {0.20: 1.2, 0.35: 1.35}  # a calibration's ratio on the far text, at most this times its ratio on WikiText-2
 STARTUP = {
     "python": ("`python -c pass`", None),
@@ -56,7 +59,7 @@ DEMO_SECONDS, DEMO_RATIO = 600, 1.5
 PRUNING_MEMORY, MEMORY_GROWTH = 512 * MIB, 1.10
 
 PRUNING = """\
-One shot, no training, uniform widths. Judged by `bench/judge.py` (stock transformers, nothing of this package) on
+One shot, no training; uniform widths but where a row says per-layer. Judged by `bench/judge.py` (stock transformers, nothing of this package) on
 64 windows of the WikiText-2 test split and of a text of another kind that nothing is calibrated on. Share of the
 decoder layers' attention + FFN parameters that goes: from the FFN alone, or with one query head of every KV head's
 group. Perplexity times dense; several seeds of the calibration: their mean, and in brackets the least and the most.
@@ -181,7 +184,7 @@ def _pruning_verdicts(cells: Cells, texts: list[str]) -> Iterable[str]:
         found = {
             cell[1]: [sum(row["ratio"][text] for row in rows) / len(rows) for text in texts]
             for cell, rows in cells.items()
-            if (cell[0], *cell[2:]) == (calibration, "ffn", ratio)
+            if (cell[0], *cell[2:]) == (calibration, "ffn", ratio) and not cell[1].endswith("per-layer")
         }
         if not found:
             continue
@@ -191,6 +194,11 @@ def _pruning_verdicts(cells: Cells, texts: list[str]) -> Iterable[str]:
         yield verdict(f"{what}: WikiText-2", near, musts[0], "times dense", 3)
         if musts[1] is not None:
             yield verdict(f"{what}: {texts[1]}", far, musts[1], "times dense", 3)
+    for ratio, most in PER_LAYER_MUST.items():
+        for method in ("wanda-per-layer", "obs-per-layer"):
+            if rows := cells.get(("wikitext", method, "ffn", ratio)):
+                value = sum(row["ratio"][texts[0]] for row in rows) / len(rows)
+                yield verdict(f"{METHODS[method]}, {ratio:.0%}: WikiText-2", value, most, "times dense", 3)
     for ratio, most in FAR.items():
         best = {
             (cell[0], cell[1]): sum(row["ratio"][texts[1]] / row["ratio"][texts[0]] for row in rows) / len(rows)

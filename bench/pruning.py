@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ OURS: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in CRITERI
     "minitron": {"criterion": "activation", "refit": False},
     "magnitude-no-refit": {"criterion": "magnitude", "refit": False},
     "wanda-held-out": {"criterion": "wanda", "held_out": 0.125},
+}
+# widths that differ by layer, from an analysis of the same calibration: what `sensitivity` is told
+PER_LAYER: dict[str, dict[str, Any]] = {
+    "wanda-per-layer": {"criterion": "wanda"},
+    "obs-per-layer": {"criterion": "obs"},
 }
 CALIBRATIONS = ("wikitext", "self+wikitext", "self", "builtin")
 RATIOS = (0.20, 0.35, 0.50)
@@ -80,6 +86,7 @@ class Bench:
         self.setting, self.text = setting, text
         self.folder = locate(setting.model).folder
         self.machine = Machine.detect(threads)
+        self.analyses: set[Path] = set()  # made in this process
         second, far = second_text()
         read = {"wikitext": text.test.read_text(encoding="utf-8"), second: far}
         self.rows = {name: evenly_spaced(self.folder, told, setting.windows) for name, told in read.items()}
@@ -94,15 +101,25 @@ class Bench:
         """Prune and judge the result: times dense on each text, the first WikiText-2, with the standard error of each,
         relative: windows are pairs of dense and pruned."""
         started = time.time()
-        if case.method in OURS:
+        predicted: dict[str, float] = {}
+        if case.method in OURS or case.method in PER_LAYER:
             out = WORK / f"pruning-{case.method}"
-            compress.prune(self.setting.model, out, **self._keywords(case))
+            shared: dict[str, Any] = {
+                "data": self._data(case),
+                "seed": case.seed,
+                "machine": self.machine,
+                "overwrite": True,
+            }
+            how = dict(OURS.get(case.method) or self._measured(case, shared))
+            how |= {"ratio": case.ratio, "heads": SHAPES[case.shape]} | shared
+            receipt = compress.prune(self.setting.model, out, **how).receipt
+            predicted = {key: value for key, value in receipt["steps"][0].items() if key == "predicted_loss"}
             seconds, model = time.time() - started, load(out)
             shutil.rmtree(out)
         else:
             model = PEERS[case.method](self._task(case))
             seconds = time.time() - started
-        found: dict[str, Any] = {"ratio": {}, "error": {}}
+        found: dict[str, Any] = {"ratio": {}, "error": {}, **predicted}
         for name, rows in self.rows.items():
             after = torch.tensor(judge(model, rows)["window_nll"])
             rise = after - torch.tensor(self.dense[name]["window_nll"])
@@ -118,10 +135,14 @@ class Bench:
         source = sources.get(case.calibration, case.calibration)
         return DataSpec(source=source, samples=samples, length=self.setting.length)
 
-    def _keywords(self, case: Case) -> dict[str, Any]:
-        shape = {"ratio": case.ratio, "heads": SHAPES[case.shape]}
-        running = {"data": self._data(case), "seed": case.seed, "machine": self.machine, "overwrite": True}
-        return OURS[case.method] | shape | running
+    def _measured(self, case: Case, shared: dict[str, Any]) -> dict[str, Any]:
+        """The options that take the widths of the layers from an analysis, made once for all ratios."""
+        folder = WORK / f"pruning-sensitivity-{case.method}-{case.calibration}-{case.seed}"
+        if folder not in self.analyses:
+            options = PER_LAYER[case.method] | {"pictures": False}
+            compress.measure_sensitivity(self.setting.model, folder, **options, **shared)
+            self.analyses.add(folder)
+        return {"from_sensitivity": str(folder), "allocation": "per-layer"}
 
     def _task(self, case: Case) -> Task:
         options = PruneOptions(ratio=case.ratio, heads=SHAPES[case.shape])
@@ -137,7 +158,7 @@ def wanted(given: argparse.Namespace) -> Iterator[Case]:
     """All rows that were asked for, the first seed's first."""
     order = itertools.product(given.seeds, given.calibrations, given.methods, given.shapes, given.ratios)
     for seed, calibration, method, shape, ratio in order:
-        if shape == "ffn" or method not in FFN_ONLY:
+        if shape == "ffn" or method not in (*FFN_ONLY, *PER_LAYER):  # per-layer: heads against FFN is the allocation's
             yield Case(method, calibration, shape, ratio, seed)
 
 
@@ -174,7 +195,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = quality_options(__doc__)
-    names = [*OURS, *PEERS]
+    names = [*OURS, *PER_LAYER, *PEERS]
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="M", help=", ".join(names))
     parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=["wikitext"], metavar="C")
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=RATIOS[:2], metavar="R")
