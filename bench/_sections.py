@@ -59,12 +59,12 @@ DEMO_SECONDS, DEMO_RATIO = 600, 1.5
 PRUNING_MEMORY, MEMORY_GROWTH = 512 * MIB, 1.10
 
 PRUNING = """\
-One shot, no training; uniform widths but where a row says per-layer. Judged by `bench/judge.py` (stock transformers, nothing of this package) on
-64 windows of the WikiText-2 test split and of a text of another kind that nothing is calibrated on. Share of the
-decoder layers' attention + FFN parameters that goes: from the FFN alone, or with one query head of every KV head's
-group. Perplexity times dense; several seeds of the calibration: their mean, and in brackets the least and the most.
-One seed: behind it, where it was taken, the standard error over the judged windows in percent. All methods cut to the
-same widths.
+One shot, no training; uniform widths but where a row says per-layer. Judged by `bench/judge.py` (stock transformers,
+nothing of this package) on 64 windows of the WikiText-2 test split and of a text of another kind that nothing is
+calibrated on. Share of the decoder layers' attention + FFN parameters that goes: from the FFN alone, or with one query
+head of every KV head's group. Perplexity times dense; several seeds of the calibration: their mean, and in brackets
+the least and the most. One seed: behind it, where it was taken, the standard error over the judged windows in percent.
+All methods cut to the same widths.
 Wanda-sp and Minitron's importance are our own criteria without the refit; FLAP with its biases and LLM-Pruner's score
 are re-implemented; Torch-Pruning is its own code, FFN only. FLAP's biases on o_proj and down_proj have no slot in stock
 Llama: its model lives in memory only.
