@@ -202,6 +202,25 @@ def _pruning_verdicts(cells: Cells, texts: list[str]) -> Iterable[str]:
             yield verdict(what, value, most, "", 3)
 
 
+def pruning_speed(rows: list[Row]) -> str:
+    """Medians of pruning against the forward pass, where the time went, and plans from one analysis."""
+    parts = []
+    for row in rows:
+        key, found = row["key"], row["found"]
+        title = f"{key['model']}, {key['samples']} x {key['length']} tokens, {key['threads']} threads"
+        lines = [
+            ("bare forward pass, float32", number(found["forward"], 1)),
+            ("`prune`, whole", number(found["prune"], 1)),
+        ]
+        lines += [(f"- {task}", number(value, 1)) for task, value in found["tasks"].items()]
+        lines += [("`sensitivity`, whole", number(found["sensitivity"], 1))]
+        lines += [("`plan` from it", ", ".join(number(value, 2) for value in found["plans"]))]
+        parts.append(f"{title}, medians of {key['rounds']}:\n\n{table(('', 's'), lines)}\n")
+        parts.append(verdict("pruning against the forward pass", found["prune"] / found["forward"], 3, "times", 2))
+        parts.append(verdict("the slowest plan", max(found["plans"]), 5, "s", 2))
+    return "".join(parts)
+
+
 def damping(rows: list[Row]) -> str:
     """A table by criterion and calibration size: ridge by lambda."""
     parts = [DAMPING]

@@ -16,7 +16,7 @@ from pathlib import Path
 from _foundation_sections import foundation, fuzz, kills, peers_quant
 from _markdown import Row, provenance
 from _results import ROOT, options
-from _sections import damping, demo, memory, pruning, sampling, startup
+from _sections import damping, demo, memory, pruning, pruning_speed, sampling, startup
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 
@@ -48,6 +48,7 @@ def render(folder: Path) -> str:
     sections: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
         ("The demo", "demo", demo),
         ("Pruning quality on WikiText-2", "pruning", pruning),
+        ("Pruning speed", "pruning_speed", pruning_speed),
         ("Damping", "damping", damping),
         ("Memory", "memory", memory),
         ("Full width", "foundation", foundation),
