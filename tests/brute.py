@@ -3,6 +3,7 @@ of gradients by autograd on the whole stock model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,19 @@ def statistics(inputs: torch.Tensor, width: int, weights: torch.Tensor | None = 
     return {kind: torch.from_numpy(value).float() for kind, value in found.items()}
 
 
-def gradients(folder: Path, ids: torch.Tensor) -> tuple[Gradients, dict[tuple[int, str], torch.Tensor]]:
-    """The same by the definitions, window by window, with the whole stock model; and every E[g g^T]."""
+def gradients(
+    folder: Path,
+    ids: torch.Tensor,
+    more: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    counted: torch.Tensor | None = None,
+) -> tuple[Gradients, dict[tuple[int, str], torch.Tensor]]:
+    """The same by the definitions, window by window, with the whole stock model; and every E[g g^T]. more: what the
+    model takes beside the ids of each window; counted [N, L]: the tokens whose prediction is part of the loss."""
     stock, header = load(folder), read_header(folder)
     family, sizes = family_of(header), family_of(header).sizes(header)
     groups = family.groups(sizes, header.text_config)
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    labels = ids if counted is None else ids.where(counted, -100)
+    tokens = int((labels[:, 1:] != -100).sum())
     layers = [stock.get_submodule(f"{family.text}.layers.{index}") for index in range(sizes.layers)]
     weights = {
         (i, cut.tensor): layers[i].get_parameter(cut.tensor)
@@ -63,15 +71,16 @@ def gradients(folder: Path, ids: torch.Tensor) -> tuple[Gradients, dict[tuple[in
     slopes = {key: torch.zeros_like(value) for key, value in weights.items()}
     fisher = {key: torch.zeros_like(value) for key, value in masks.items()}
     matrices: dict[tuple[int, str], torch.Tensor] = {}
-    for window in ids.split(1):
-        logits = stock(input_ids=window, use_cache=False).logits[0, :-1].float()
-        summed = torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum")
+    for index, label in enumerate(labels[:, 1:]):
+        given = {} if more is None else more[index]
+        logits = stock(input_ids=ids[index : index + 1], **given, use_cache=False).logits[0, :-1].float()
+        summed = torch.nn.functional.cross_entropy(logits, label, reduction="sum")
         keys, leaves = [*weights, *masks, *outs], [*weights.values(), *masks.values(), *outs.values()]
         got = torch.autograd.grad(summed, leaves)
         for key, slope in zip(keys[: len(weights)], got, strict=False):
             slopes[key] += slope / tokens
         for key, slope in zip(masks, got[len(weights) :], strict=False):
-            fisher[key] += (slope / (ids.shape[1] - 1)).square() / len(ids)
+            fisher[key] += (slope / int((label != -100).sum())).square() / len(ids)
         for key, slope in zip(outs, got[len(weights) + len(masks) :], strict=True):
             matrices[key] = matrices.get(key, 0) + slope[0].T @ slope[0] / tokens
     expected: Gradients = []

@@ -45,6 +45,10 @@ class OnGpu(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnGpu({self.inner!r})"
 
+    def tolist(self) -> Any:
+        """As a tensor on a GPU, which torch copies from there; it refuses to do so for subclasses."""
+        return self.inner.tolist()
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod

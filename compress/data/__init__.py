@@ -9,7 +9,7 @@ from __future__ import annotations
 from compress.data.builtin import PARAGRAPH, SHARES, builtin_parts, normalised
 from compress.data.chat import has_template
 from compress.data.images import Picture, Processor, processor_of
-from compress.data.kinds import PADDING, TOKEN_KINDS, occurring
+from compress.data.kinds import IMAGE, PADDING, TOKEN_KINDS, occurring
 from compress.data.sample import sampling_memory
 from compress.data.sources import BYTES_A_TOKEN, check, commits, documents, expected_tokens, most_tokens, pictures_of
 from compress.data.spec import BUILTIN, KINDS, SELF, DataSpec, Part, counts, parse_sources, sources
@@ -18,6 +18,7 @@ from compress.data.tokens import TOKENIZERS, Tokens, evenly_spaced, windows
 __all__ = [
     "BUILTIN",
     "BYTES_A_TOKEN",
+    "IMAGE",
     "KINDS",
     "PADDING",
     "PARAGRAPH",

@@ -138,16 +138,22 @@ def answers(found: Chat, tokenizer: Any, folder: Path) -> list[tuple[int, int]]:
             str(_applied(found, found.messages[:end], tokenizer, folder, add_generation_prompt=prompt)) if end else ""
             for end, prompt in ((index, True), (index, False), (index + 1, False))
         )
-        if not (whole.startswith(before) and whole.startswith(after)):
+        begin, end = _shared(asked, whole), _shared(after, whole)
+        # white space at an end may go when something follows: it is no sign that the template forgets
+        if begin < len(before.rstrip()) or end < len(after.rstrip()):
             raise UserError(
                 f"{found.where}, message {index + 1}: where this answer begins and ends cannot be told, because the "
                 "chat template writes it otherwise once other messages follow",
                 hint="give conversations with one answer, or mark answers in the template with {% generation %}",
             )
         # a prompt may hold what this answer lacks, as the beginning of a thought
-        shared = next((at for at, pair in enumerate(zip(asked, after, strict=False)) if pair[0] != pair[1]), len(asked))
-        spans.append((min(max(len(before), shared), len(after)), len(after)))
+        spans.append((min(begin, end), end))
     return spans
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _marked(found: Chat, tokenizer: Any, folder: Path) -> list[tuple[int, int]]:

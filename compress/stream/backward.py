@@ -23,10 +23,13 @@ from compress.errors import UserError
 from compress.limits import BATCH_TOKENS, vocab_rows
 from compress.machine import Progress, Silent, Task
 from compress.stream import Statistic
+from compress.stream.fed import Fed
 from compress.stream.forward import Stream
 from compress.stream.tape import Tape
+from compress.stream.vision import Sight, show, token_positions
 
 Found = list[dict[str, dict[Statistic, torch.Tensor]]]  # a map of groups a layer
+BLIND = Sight()  # text alone
 Full = Callable[[int, str, torch.Tensor], None]  # layer, group, [hidden, hidden]
 
 
@@ -39,6 +42,7 @@ def gradients(
     scratch: Path | None = None,
     progress: Progress | None = None,
     full: Full | None = None,
+    sight: Sight = BLIND,
 ) -> Found:
     """The `wanted` statistics of every layer, for its own `groups`, on the windows `ids` [N, L]: float32, in the
     machine's memory.
@@ -49,6 +53,7 @@ def gradients(
     output_fisher [hidden]: the diagonal of E[g g^T] = sum over t of g_t g_t^T / T. `full` is given the whole matrix
     [hidden, hidden], float32 on the stream's device, layer by layer from the last to the first; none is kept.
 
+    `sight`: images among the tokens, and whose prediction counts: S, T and L_n are then of those tokens alone.
     `scratch`: a folder for the inputs of the layers where they are large; None: they stay in memory. All runs in
     float32, whatever the stream's dtype: in bfloat16, SmolLM2's layers before its massive activations (0 to 10) had
     statistics up to 12 times too small. Raises MachineError where the disk is full, UserError as `Stream`, and for a
@@ -62,7 +67,9 @@ def gradients(
         raise UserError(f"{stream.reader.folder}: {beside}, and the gradient of the loss knows none of that")
     stream = stream.in_float32()
     found: Found = [{} for _ in range(stream.layers)]
-    hidden = stream.embed(ids)
+    hidden, positions = stream.embed(ids), token_positions(stream, ids, sight.images)
+    show(stream, hidden, ids, sight.images, progress or Silent())
+    counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if sight.counted is None else sight.counted[:, 1:]
     with (
         Tape(stream.layers, hidden.shape, scratch) as tape,
         (progress or Silent()).task("gradients: forward and backward", 2 * stream.layers) as task,
@@ -71,37 +78,39 @@ def gradients(
         for index in range(stream.layers):
             tape.write(index, hidden)
             with stream.layer(index) as layer:
-                stream.advance(layer, hidden)
+                stream.advance(layer, hidden, positions=positions)
             task.advance()
-        _head(stream, hidden, ids)
-        _backward(stream, tape, hidden, groups, wanted, full, found, task)
+        _head(stream, hidden, ids, counted)
+        _backward(stream, tape, Fed(hidden, None, positions), counted.sum(1), groups, wanted, full, found, task)
     return found
 
 
 def _backward(
     stream: Stream,
     tape: Tape,
-    gradient: torch.Tensor,
+    slopes: Fed,
+    counts: torch.Tensor,
     groups: Sequence[Sequence[Group]],
     wanted: Collection[Statistic],
     full: Full | None,
     found: Found,
     task: Task,
 ) -> None:
-    """All layers in reverse. `gradient` [N, L, hidden] is dS at the outputs of the last layer, and is overwritten."""
-    windows, length, hidden = gradient.shape
-    batch = max(1, BATCH_TOKENS // length)
+    """All layers in reverse. `slopes` holds dS [N, L, hidden] at the outputs of the last layer, and is overwritten;
+    counts [N]: tokens that are predicted."""
+    windows, length, hidden = slopes.hidden.shape
+    batch, tokens = max(1, BATCH_TOKENS // length), max(1, int(counts.sum()))
     for index in reversed(range(stream.layers)):
         with stream.layer(index) as layer:
             sums = _Layer(stream, layer, hidden, groups[index], wanted, full is not None)
             for start in range(0, windows, batch):
                 stop = min(start + batch, windows)
-                inputs = tape.read(index, start, stop).to(stream.device)
-                part = gradient[start:stop]
-                part.copy_(sums.add(inputs, part.to(stream.device)))
-            found[index] = sums.results(windows, windows * (length - 1))
+                inputs, part = tape.read(index, start, stop).to(stream.device), slopes.part(start, stop)
+                here = part.hidden.to(stream.device)
+                part.hidden.copy_(sums.add(inputs, here, counts[start:stop], part.positions))
+            found[index] = sums.results(windows, tokens)
             if full is not None:
-                for name, matrix in sums.full(windows * (length - 1)):
+                for name, matrix in sums.full(tokens):
                     full(index, name, matrix)
         tape.forget(index)
         task.advance()
@@ -128,27 +137,30 @@ class _Layer:
         self._output = {group.name: torch.zeros(hidden, dtype=torch.float64, device=device) for group in groups}
         self._full = {group.name: torch.zeros(hidden, hidden, device=device) for group in groups if full}
 
-    def add(self, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Sum what one batch says; inputs and the gradient at the outputs -> that at the inputs, [n, L, hidden]."""
+    def add(
+        self, inputs: torch.Tensor, gradient: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Sum what one batch says; inputs and the gradient at the outputs -> that at the inputs, [n, L, hidden].
+        counts [n]: tokens that are predicted; positions [3, n, L] of tokens, where images stand between them."""
         weights = list(self._weights.values())
         for weight in weights:
             weight.requires_grad_(True)
         with torch.enable_grad(), _watching(self._layer, self._groups) as seen:
-            out = self._stream.through(self._layer, inputs.requires_grad_(True))
+            out = self._stream.through(self._layer, inputs.requires_grad_(True), positions)
         watched = [tensor for group in self._groups for tensor in seen[group.name]]
         slopes = torch.autograd.grad(out, [inputs, *weights, *watched], gradient)
         for name, slope in zip(self._weights, slopes[1:], strict=False):
             self._sums[name] += slope
         pairs = iter(slopes[1 + len(weights) :])
         for group in self._groups:
-            self._add(group, seen[group.name][0].detach(), next(pairs), next(pairs))
+            self._add(group, seen[group.name][0].detach(), next(pairs), next(pairs), counts)
         return slopes[0]
 
-    def _add(self, group: Group, x: torch.Tensor, at_x: torch.Tensor, at_y: torch.Tensor) -> None:
+    def _add(self, group: Group, x: torch.Tensor, at_x: torch.Tensor, at_y: torch.Tensor, counts: torch.Tensor) -> None:
         """One batch of a reader's inputs x [n, L, units*width], and the gradients there and at its outputs."""
         if "fisher" in self._wanted:
             masks = (x * at_x).sum(1).unflatten(-1, (group.units, group.width)).sum(-1)
-            self._fisher[group.name] += (masks / (x.shape[1] - 1)).square().sum(0)
+            self._fisher[group.name] += (masks / counts.clamp_min(1).to(masks.device)[:, None]).square().sum(0)
         flat = at_y.flatten(0, -2)
         if "output_fisher" in self._wanted:
             self._output[group.name] += flat.square().sum(0)
@@ -205,9 +217,10 @@ def _watching(layer: nn.Module, groups: Sequence[Group]) -> Iterator[Mapping[str
             handle.remove()
 
 
-def _head(stream: Stream, hidden: torch.Tensor, ids: torch.Tensor) -> None:
+def _head(stream: Stream, hidden: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor) -> None:
     """The outputs of the last layer [N, L, hidden] become dS at them, in place. The last token of a window predicts
-    nothing; every other one gives E_p[W] - W[next], W the rows of the output matrix and p the model's distribution."""
+    nothing; every other one gives E_p[W] - W[next], W the rows of the output matrix and p the model's distribution,
+    where the next one is `counted` [N, L - 1]."""
     norm, length = stream.last_norm(), ids.shape[1]
     batch = max(1, BATCH_TOKENS // length)
     for start in range(0, len(ids), batch):
@@ -218,6 +231,7 @@ def _head(stream: Stream, hidden: torch.Tensor, ids: torch.Tensor) -> None:
         rows = normed.detach()[:, :-1].flatten(0, 1)
         slope = torch.zeros_like(normed)
         slope[:, :-1] = _slope(stream, rows, ids[start : start + batch, 1:].flatten()).view_as(normed[:, :-1])
+        slope[:, :-1] *= counted[start : start + batch, :, None].to(slope.device)
         part.copy_(torch.autograd.grad(normed, here, slope)[0])
 
 

@@ -6,18 +6,39 @@ The tower is filled once, sees the images window by window, and is emptied befor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from compress.data import Picture, Processor, processor_of
+from compress.data import IMAGE, PADDING, Picture, Processor, Tokens, processor_of
 from compress.errors import UserError
 from compress.machine import Progress, return_freed_memory
 from compress.stream.calls import empty, fill_buffers
 from compress.stream.forward import Stream, assign
 
 Images = Sequence[Sequence[Picture]]  # of each window, in the order of their tokens
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What is to be known of windows whose tokens are not all text: their images, and `counted` [N, L], the tokens
+    whose prediction is part of a loss (neither an image's nor padding); None: all of them."""
+
+    images: Images = ()
+    counted: torch.Tensor | None = None
+
+    def first(self, windows: int) -> Sight:
+        """Of the first windows alone."""
+        return Sight(self.images[:windows], None if self.counted is None else self.counted[:windows])
+
+
+def sight_of(tokens: Tokens) -> Sight:
+    """What calibration tokens say of themselves."""
+    if tokens.kinds is None or not tokens.images:
+        return Sight()
+    return Sight(tokens.images, torch.from_numpy((tokens.kinds != PADDING) & (tokens.kinds != IMAGE)))
 
 
 def token_positions(stream: Stream, ids: torch.Tensor, images: Images) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests import sight, tiny
 
 TEXT = ["--samples", "4", "--length", "32", "--threads", "1"]
 CUT = ["--ratio", "0.2", "--heads", "0.5"]
@@ -65,6 +65,17 @@ def test_whole_layers_and_kv_heads(tmp_path: Path, main: Main) -> None:
     # not attention: the common keys and values may be turned another way and compute the same
     names = [name for name in weights[1] if "mlp" in name]
     assert names and all(weights[0][name].allclose(weights[1][name], rtol=1e-3, atol=1e-4) for name in names)
+
+
+def test_images(tmp_path: Path, main: Main) -> None:
+    model, chats = sight.can_see(tiny.glm4v(tmp_path / "model")), sight.chats(tmp_path / "data")
+    work = ["prune", str(model), *CUT, "--data", str(chats), "--samples", "5", "--length", "64", "--threads", "1"]
+    work += ["--token-shares", "image=1,prompt=1,answer=2", "--token-weights", "norm", "-o"]
+    code, said, products = on_gpu(*work, str(tmp_path / "gpu"))
+    assert code == 0 and products > 20, said
+    assert main(*work, str(tmp_path / "cpu"), "-q", "--device", "cpu")[0] == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("gpu", "cpu")]
+    assert all(value.allclose(weights[0][key], rtol=1e-3, atol=1e-4) for key, value in weights[1].items())
 
 
 def test_sensitivity(tmp_path: Path, main: Main) -> None:

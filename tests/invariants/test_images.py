@@ -76,8 +76,9 @@ def test_statistics_are_of_what_the_stock_model_sees(model: Path, chats: Path, t
         {"keep_ffn": 96, "keep_heads": 6},
         {"keep_kv_heads": 1, "held_out": 0.4, "token_weights": "norm"},
         {"ffn": 0.3, "token_shares": {"image": 0.2, "prompt": 0.3, "answer": 0.5}},
+        {"ffn": 0.3, "criterion": "fisher"},
     ],
-    ids=["heads", "kv", "shares"],
+    ids=["heads", "kv", "shares", "gradients"],
 )
 def test_pruning_with_images_ends_and_reloads(
     options: dict[str, Any], model: Path, chats: Path, tmp_path: Path
@@ -169,7 +170,7 @@ def test_images_that_cannot_be_read_are_refused_before_a_run(
 def test_what_does_not_take_images_says_so(model: Path, chats: Path, tmp_path: Path) -> None:
     assert "a window is of whole documents" in refusal(model, data(chats, samples=11))
     assert "tokens, and a window is 8" in refusal(model, data(chats, length=8))
-    assert "taylor takes text alone" in refusal(model, data(chats), PruneOptions(ffn=0.3, criterion="taylor"))
+    assert "tp-taylor takes text alone" in refusal(model, data(chats), PruneOptions(ffn=0.3, criterion="tp-taylor"))
     assert "layers are chosen on text alone" in refusal(model, data(chats), PruneOptions(keep_layers=1))
     assert "images are for the calibration of prune" in refusal(model, data(chats), DistillOptions(), "distill")
     other = tiny.qwen2_5_vl(tmp_path / "qwen")

@@ -122,7 +122,7 @@ def test_kinds_that_do_not_occur_or_are_not_named_are_refused(model: Path, chats
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("prompt=1,answers=2", "unknown kind of token 'answers', allowed: text, "),
+        ("prompt=1,answers=2", "unknown kind of token 'answers'; did you mean 'answer'?"),
         ("prompt=1,prompt=2", "prompt stands twice"),
         ("prompt", "allowed: a map of kinds to shares"),
         ({"prompt": -1}, "the share of prompt is -1, allowed: a number, 0 or above"),

@@ -21,6 +21,10 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
 )
 THINKS = PLAIN.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
+ENDS = (  # as GLM-4.1V's: what a prompt ends with is white space where messages end
+    "{%- for m in messages %}<{{ m.role }}>\n{{ m.content }}<eos>{%- endfor %}\n"
+    "{%- if add_generation_prompt %}<assistant>\n{% endif %}\n"
+)
 FORGETS = (  # as templates do that drop what an earlier answer thought
     "{% for m in messages %}"
     + MESSAGE.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else m.content[:2] }}")
@@ -58,6 +62,12 @@ def test_answers_are_what_the_model_says(template: str, model: Path, tmp_path: P
     assert found["answer"].startswith("do(1)<eos>finish(«2»)")
     assert found["prompt"] == "<user>Open the sëttings<eos><assistant><user>and now<eos><assistant>"
     assert found.keys() == {"prompt", "answer"}
+
+
+def test_white_space_at_the_end_of_a_template_is_no_matter(model: Path, tmp_path: Path) -> None:
+    found = told(model, tmp_path, ENDS, {"messages": CHAT}, length=9)
+    assert found["answer"].startswith("do(1)<eos>finish(«2")
+    assert found["prompt"].count("<assistant>\n") == 2
 
 
 def test_text_and_chats_stand_beside_each_other(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from compress.data import TOKEN_KINDS, DataSpec, processor_of, windows
 from compress.data.images import PROCESSORS
 from compress.data.tokens import Tokens
 from compress.machine import Silent
+from compress.stream import GRADIENTS
+from compress.stream.backward import gradients
 from compress.stream.forward import Stream
-from compress.stream.vision import show, token_positions
-from tests import sight, tiny
+from compress.stream.vision import show, sight_of, token_positions
+from tests import brute, sight, tiny
 from tests.stock import load
 
 
@@ -68,6 +71,26 @@ def stock_states(model: Path, tokens: Tokens) -> list[torch.Tensor]:
     with torch.no_grad():
         whole(**sight.stock_inputs(model, tokens), use_cache=False)
     return seen
+
+
+def test_gradients_are_autograd_of_the_stock_model_that_sees(chats: Path, tmp_path: Path) -> None:
+    """The loss of what is said: image tokens and padding are seen, and not predicted."""
+    model = sight.can_see(tiny.glm4v(tmp_path / "model"))
+    tokens = tokens_of(model, chats)
+    ids, seen = torch.from_numpy(tokens.ids), sight_of(tokens)
+    assert seen.counted is not None and not seen.counted.all()
+    single = [replace(tokens, ids=tokens.ids[i : i + 1], images=tokens.images[i : i + 1]) for i in range(len(ids))]
+    given = [{k: v for k, v in sight.stock_inputs(model, one).items() if k != "input_ids"} for one in single]
+    expected, _ = brute.gradients(model, ids, given, seen.counted)
+    with Reader(model) as reader:
+        family = family_of(reader.header)
+        groups = [family.groups(sizes, reader.header.text_config) for sizes in family.layers(reader.header)]
+        stream = Stream(reader, family, dtype=torch.float32)
+        found = gradients(stream, ids, groups, GRADIENTS, sight=seen)
+    for layer, wanted in zip(found, expected, strict=True):
+        for group, kinds in wanted.items():
+            for kind, value in kinds.items():
+                torch.testing.assert_close(layer[group][kind], value, rtol=1e-3, atol=1e-4 * float(value.mean()))
 
 
 def test_every_window_is_whole_documents_and_padding(chats: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _images(options: PruneOptions, before: Header, family: Family, data: DataSpe
     if not images or family.vision is None:
         return Ahead()
     sizes = family.sizes(before)
-    if CRITERIA[options.criterion].needs & (GRADIENTS | WHOLE) and options.from_sensitivity is None:
+    if CRITERIA[options.criterion].needs & WHOLE and options.from_sensitivity is None:
         complain("criterion", f"{options.criterion} takes text alone, and the calibration data have images")
     if options.keep_layers is not None and options.keep_layers < sizes.layers:
         complain("keep_layers", "layers are chosen on text alone, and the calibration data have images")

@@ -17,6 +17,7 @@ from compress.steps.types import Job
 from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found, gradients
 from compress.stream.forward import Stream
+from compress.stream.vision import Sight
 
 PREFIX = "gradients."
 
@@ -28,6 +29,7 @@ def gathered(
     ids: torch.Tensor,
     groups: Sequence[Sequence[Group]],
     needs: frozenset[Statistic],
+    sight: Sight,
 ) -> Found:
     """What of `needs` takes a backward pass of the dense model, or the whole of it in memory, for every layer; nothing
     of any where none does."""
@@ -38,7 +40,8 @@ def gathered(
     wanted = needs & GRADIENTS
     if not wanted or not any(groups):
         return [{} for _ in groups]
-    return gradients(stream, part, groups, wanted, scratch=job.target.parent, progress=job.progress)
+    seen = sight.first(len(part))
+    return gradients(stream, part, groups, wanted, scratch=job.target.parent, progress=job.progress, sight=seen)
 
 
 def tensors(found: Found) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from compress.arch import FLAVOURS
 from compress.criteria import CRITERIA
 from compress.data import PADDING, TOKEN_KINDS
+from compress.errors import did_you_mean
 from compress.limits import DAMPINGS
 from compress.steps.types import StepOptions, one_of
 
@@ -96,7 +97,7 @@ def _token_shares(found: Any) -> Any:
     shares: dict[str, float] = {}
     for name, share in pairs:
         if name not in SHARED:
-            raise ValueError(f"unknown kind of token '{name}', allowed: {', '.join(SHARED)}")
+            raise ValueError(f"unknown kind of token '{name}'{did_you_mean(str(name), SHARED)}")
         if name in shares:
             raise ValueError(f"{name} stands twice")
         try:

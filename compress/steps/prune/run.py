@@ -40,7 +40,7 @@ from compress.stream.backward import Found
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
-from compress.stream.vision import Images, show, token_positions
+from compress.stream.vision import Sight, show, sight_of, token_positions
 
 PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
@@ -64,7 +64,7 @@ def run(job: Job) -> Outcome:
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
         options = cast(PruneOptions, plan.options)
-        pruner = _Pruner(job, plan, options, depth, weights, tokens.images, reader, streamed, writer)
+        pruner = _Pruner(job, plan, options, depth, weights, sight_of(tokens), reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
         if "gram" in pruner.wanted and (said := check_tokens(tokens.kinds, pruner.groups, options.force)):
             job.progress.note(said)
@@ -110,13 +110,13 @@ class _Pruner:
         options: PruneOptions,
         depth: Depth | None,
         weights: TokenWeights,
-        images: Images,
+        sight: Sight,
         reader: Reader,
         streamed: Reader,
         writer: Writer,
     ) -> None:
         self.job, self.plan, self.options, self.depth = job, plan, options, depth
-        self.weights, self.images = weights, images
+        self.weights, self.sight = weights, sight
         self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
@@ -160,7 +160,7 @@ class _Pruner:
 
     def run(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> torch.Tensor:
         """All layers, and what lies outside them; returns the probe's logits [B, L, vocab]."""
-        self.positions = token_positions(self.before, ids, self.images)
+        self.positions = token_positions(self.before, ids, self.sight.images)
         hidden, probe = self._begin(ids, probe_ids)
         layers = self._layers()
         with self.job.progress.task("pruning layers", len(layers)) as task:
@@ -213,11 +213,11 @@ class _Pruner:
         """What `_begin` gives a run that starts, after the backward pass of the criterion, if it needs one."""
         place = {source: index for index, source in enumerate(self._layers())}
         groups = [self.groups[place[source]] if source in place else [] for source in range(self.before.layers)]
-        self.gradients = gradients.gathered(self.job, self.options, self.before, ids, groups, self.needs)
+        self.gradients = gradients.gathered(self.job, self.options, self.before, ids, groups, self.needs, self.sight)
         looks = self.wanted or (self.merger is not None and self.merger.looks)
         hidden, probe = (self.before.embed(ids) if looks else None), self.probe.embed(probe_ids)
         if hidden is not None:
-            show(self.before, hidden, ids, self.images, self.job.progress)
+            show(self.before, hidden, ids, self.sight.images, self.job.progress)
         if any(self.gradients):
             self._save(hidden, probe)
         return hidden, probe
