@@ -39,13 +39,14 @@ class InspectedCut(TypedDict):
 class Inspection(TypedDict):
     """What `inspect` finds. `bytes`: of the tensors as stored; `decoder_parameters`: those of the decoder layers.
 
-    `trust_remote_code`: its layers differ in width; `loaded_by`: who loads the model as it is; `cuts`: empty for a
-    quantized model, which cannot be pruned."""
+    `trust_remote_code`: its layers differ in width; `traced`: its family was traced, not described; `loaded_by`: who
+    loads the model as it is; `cuts`: empty for a quantized model, which cannot be pruned."""
 
     model: str
     model_type: str
     architecture: str | None
     trust_remote_code: bool
+    traced: bool
     format: str
     dtype: str
     parameters: int

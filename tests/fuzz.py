@@ -33,7 +33,7 @@ from tests.kills import PRELOADED
 PATIENCE = 20.0  # seconds of processor time, or six times as many by the clock, after which a case counts as hanging
 TOKENS = 30_000  # that a mutated recipe may ask for in all; one that wants more is only planned
 SMALL = {
-    "calibration": {"samples": 2, "length": 32},
+    "calibration": {"samples": 4, "length": 32},
     "training": {"samples": 4, "length": 32},
     "evaluation": {"samples": 2, "length": 32},
 }
@@ -79,7 +79,7 @@ def checkpoints(folder: Path, count: int, seed: int = 0) -> Iterator[Outcome]:
         damage = mutations.damaged(file, dice)
         arguments = dice.choice(
             [
-                ["prune", "--ffn", "0.3", "--samples", "2", "--length", "32"],
+                ["prune", "--ffn", "0.3", "--samples", "4", "--length", "32"],
                 ["quantize", "--format", "w8a16"],
             ]
         )

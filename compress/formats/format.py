@@ -180,9 +180,11 @@ def decoder_linears(header: Header, family: Family) -> tuple[str, ...]:
 
 
 def left_plain(header: Header, linears: Sequence[str]) -> list[str]:
-    """Module names (or prefixes) that the config must tell the stock loader to leave alone."""
+    """Module names (or prefixes) that the config must tell the stock loader to leave alone, as the stock model has
+    them."""
     family, packed = family_of(header), set(linears)
-    return [*family.skip, *(module for module in decoder_linears(header, family) if module not in packed)]
+    left = (module for module in decoder_linears(header, family) if module not in packed)
+    return [*family.skip, *map(family.parameter, left)]
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:

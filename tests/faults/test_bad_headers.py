@@ -175,6 +175,6 @@ def test_what_stock_transformers_would_not_take_is_refused_before_the_work(
     out.parent.mkdir()
     breaker, says = BEYOND[fault]
     breaker(broken)
-    text = ["--samples", "2", "--length", "32", "-q"]
+    text = ["--samples", "4", "--length", "32", "-q"]
     refused(capsys, ["prune", str(broken), "-o", str(out), "--ffn", "0.25", *text], out, says)
     refused(capsys, ["distill", str(vision), "--teacher", str(broken), "-o", str(out), *text], out, says)

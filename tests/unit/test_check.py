@@ -71,7 +71,7 @@ def test_what_was_loaded_stands_in_measured_json(tmp_path: Path) -> None:
         tiny.llama(tmp_path / "model"),
         tmp_path / "out",
         ratio=0.2,
-        data={"source": "builtin", "samples": 2, "length": 32},
+        data={"source": "builtin", "samples": 4, "length": 32},
         machine=compress.Machine(1),
     )
     (step,) = result.measured["steps"]

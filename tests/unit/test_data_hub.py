@@ -266,7 +266,7 @@ def test_prune_records_the_digest_of_the_text_and_the_commit(
     table = datasets.Dataset.from_dict({"text": texts, "image": [{"bytes": b"no image"}] * 50}, features)
     monkeypatch.setattr(sources, "_table", lambda *given: table)
     model, out = tiny.llama(tmp_path / "model"), tmp_path / "out"
-    options = ["--ffn", "0.5", "--samples", "2", "--length", "32", "--threads", "1", "--data", "hub:org/lines:test"]
+    options = ["--ffn", "0.5", "--samples", "3", "--length", "32", "--threads", "1", "--data", "hub:org/lines:test"]
     assert main(["prune", str(model), "-o", str(out), *options]) == 0
     assert f"from hub:org/lines:test at {COMMIT[:12]} (" in capsys.readouterr().err
     step = json.loads((out / "receipt.json").read_text())["steps"][0]
