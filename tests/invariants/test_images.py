@@ -202,9 +202,14 @@ def test_the_analysis_sees_images_as_prune_does(model: Path, chats: Path, tmp_pa
     said = json.loads((tmp_path / "seen" / "sensitivity.json").read_text())
     kinds = said["calibration"]["kinds"]
     assert kinds.keys() == {"padding", "image", "text"} and said["calibration"]["tokens"] == 5 * 64 - kinds["padding"]
-    text = load_file(
-        prune(model, tmp_path / "text", data("builtin"), keep_heads=4) / "sensitivity/1-prune/importance.safetensors"
-    )
+    tokens = windows(data(chats), "calibration", model, 0, images=True)
+    assert tokens.kinds is not None
+    states = [state[torch.from_numpy(tokens.kinds != 0)] for state in stock_states(model, tokens)]
+    for layer, before, after in zip(said["layers"], states, states[1:], strict=False):
+        influence = 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()
+        assert layer["influence"] == pytest.approx(float(influence), rel=1e-3)
+    blind = prune(model, tmp_path / "text", data("builtin"), keep_heads=4)
+    text = load_file(blind / "sensitivity" / "1-prune" / "importance.safetensors")
     assert not torch.allclose(text["layers.0.heads.cost"], scores["layers.0.heads.cost"], rtol=0.01)
 
 
