@@ -27,7 +27,7 @@ from compress.checkpoint.source import Source, locate
 from compress.checkpoint.writer import disk_errors, sync
 from compress.criteria import CRITERIA
 from compress.curves import DOCUMENT, FORMAT, TENSORS
-from compress.data import DataSpec, check, expected_tokens, windows
+from compress.data import PADDING, DataSpec, check, expected_tokens, windows
 from compress.data.tokens import Tokens
 from compress.device import check_room_on, described, device_errors, device_of
 from compress.errors import MachineError, UserError, size
@@ -39,9 +39,11 @@ from compress.plan import check_shapes
 from compress.receipt import LIBRARIES, measured_host, own_version
 from compress.sensitivity import Sensitivity, load_sensitivity, optional
 from compress.sensitivity.measure import Measured, Settings, measure
+from compress.steps.prune.ahead import sight_memory
 from compress.steps.prune.measuring import SensitivityOptions
 from compress.steps.sampling import authors_of
 from compress.stream import WHOLE
+from compress.stream.vision import sight_of
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,13 @@ def _write(asked: _Asked, work: Path, machine: Machine, started: float, progress
     ahead(model_files(folder))
     check_source(folder)
     reset_peak_memory()
-    tokens = windows(asked.data, "calibration", folder, asked.seed, progress=progress)
+    tokens = windows(asked.data, "calibration", folder, asked.seed, images=True, progress=progress)
     progress.note(tokens.note)
     ids = torch.from_numpy(tokens.ids)
     chosen = asked.options
     settings = Settings(chosen.criterion, chosen.damping, asked.seed, chosen.gradient_samples)
     with Reader(folder, asked.header, device) as reader:
-        found = measure(reader, asked.family, ids, settings, progress, scratch=work)
+        found = measure(reader, asked.family, ids, settings, progress, scratch=work, sight=sight_of(tokens))
     result = work / "result"
     tensors = save(found.tensors, metadata={"format": "pt"})
     document = _document(asked, found, tokens, tensors, machine)
@@ -129,7 +131,7 @@ def _write(asked: _Asked, work: Path, machine: Machine, started: float, progress
 def _document(asked: _Asked, found: Measured, tokens: Tokens, tensors: bytes, machine: Machine) -> dict[str, Any]:
     """sensitivity.json."""
     groups = [asked.family.groups(sizes, asked.header.text_config) for sizes in asked.family.layers(asked.header)]
-    count = int(tokens.ids.size)
+    count = int(tokens.ids.size if tokens.kinds is None else (tokens.kinds != PADDING).sum())
     return {
         "format": FORMAT,
         "autoglm_compress": own_version(),
@@ -191,7 +193,7 @@ def _asked(model: str, data: DataSpec, options: SensitivityOptions, seed: int, p
         lines.append(f"{source.name}: the gradient of the loss is needed, and it knows none of this: {beside}")
     hint = None
     try:
-        check(data, "calibration", source.folder, progress)
+        check(data, "calibration", source.folder, progress, images=True)
         for author in authors_of({"calibration": data}, ["calibration"], header, None).values():
             author.refuse()
     except UserError as problem:
@@ -211,7 +213,7 @@ def _asked(model: str, data: DataSpec, options: SensitivityOptions, seed: int, p
 
 def _check_room(asked: _Asked, machine: Machine) -> None:
     """MachineError where what is alive at once would not fit: hidden states, a layer and its graph, its Grams, the
-    factor and its inverse, the inputs of all layers that the backward pass keeps in memory."""
+    factor and its inverse, the inputs of all layers that the backward pass keeps in memory, the vision tower."""
     sizes = asked.sizes
     tokens = expected_tokens(asked.data, "calibration")
     inner = [sizes.ffn, sizes.heads * sizes.head_dim]
@@ -223,7 +225,8 @@ def _check_room(asked: _Asked, machine: Machine) -> None:
     taped = 4 * min(tokens, asked.options.gradient_samples * asked.data.length) * sizes.hidden
     backward = taped + min(taped * sizes.layers, TAPE_BYTES) + batch + 8 * layer + 2 * VOCAB_BYTES
     forward = 4 * tokens * sizes.hidden + 4 * sum(n * n for n in inner) + max(solver, batch)
-    alive = 10 * layer + max(backward, forward)
+    shown = sight_memory(asked.header, asked.family, asked.data)
+    alive = 10 * layer + max(backward, forward, shown)
     needed, available = alive + alive // 4 + 128 * 2**20, machine.available_memory()
     if needed > available:
         raise MachineError(

@@ -118,7 +118,8 @@ def _check(
 
 def no_images(found: Chat) -> UserError:
     """What is said where a chat with images meets what takes text alone."""
-    return UserError(f"{found.images[0].where}: an image; images are for the calibration of prune, all else takes text")
+    said = "images are for the calibration of prune and sensitivity, all else takes text"
+    return UserError(f"{found.images[0].where}: an image; {said}")
 
 
 def _check_images(

@@ -26,9 +26,12 @@ from compress.solve import Elimination, damping_vector
 from compress.steps.prune.surgery import columns, view
 from compress.steps.prune.widths import width_multiple
 from compress.stream import GRADIENTS, Statistic
-from compress.stream.backward import gradients
+from compress.stream.backward import BLIND, gradients
+from compress.stream.calls import listens
+from compress.stream.fed import Fed
 from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
+from compress.stream.vision import Sight, show, token_positions
 
 POINTS = 64  # of a cost curve, at most
 
@@ -75,8 +78,9 @@ def measure(
     settings: Settings,
     progress: Progress,
     scratch: Path | None = None,
+    sight: Sight = BLIND,
 ) -> Measured:
-    """Measure the checkpoint of `reader`, where it reads, on the windows `ids` [N, L].
+    """Measure the checkpoint of `reader`, where it reads, on the windows `ids` [N, L]; `sight`: images in them.
 
     Predicted losses are (1/2) sum_i f_i e_i nats a token: e_i the mean square error of output i of the group's reader
     after the least-squares refit, f the diagonal of the Fisher matrix E[g g^T] of those outputs, g the gradient of the
@@ -98,14 +102,16 @@ def measure(
         (needs & GRADIENTS) | {"output_fisher"},
         scratch=scratch,
         progress=progress,
+        sight=sight.first(len(some)),
     )
-    hidden = stream.embed(ids)
+    fed = Fed(stream.embed(ids), sight.weights, token_positions(stream, ids, sight.images))
+    show(stream, fed.hidden, ids, sight.images, progress)
     tensors: Tensors = {}
     layers: list[dict[str, Any]] = []
     with progress.task("measuring layers", stream.layers) as task:
         for index in range(stream.layers):
             found = _Layer(reader, stream, groups[index], index, settings).measure(
-                hidden, slopes[index], needs - GRADIENTS
+                fed, slopes[index], needs - GRADIENTS
             )
             tensors |= found.tensors
             layers += found.layers
@@ -121,19 +127,23 @@ class _Layer:
 
     def measure(
         self,
-        hidden: torch.Tensor,
+        fed: Fed,
         slopes: Mapping[str, Mapping[Statistic, torch.Tensor]],
         needs: frozenset[Statistic],
     ) -> Measured:
-        """Pass the hidden states [N, L, hidden] on, in place; returns what this layer adds."""
+        """Pass the hidden states on, in place; returns what this layer adds."""
         prefix, header = self.stream.family.prefix(self.index), self.reader.header
         names = self.stream.family.layer(self.stream.family.sizes(header), header.text_config)
         weights = {name: self.reader.tensor(prefix + name) for name in names}
         gathered = {g.name: Gathered(needs | {"gram"}, g.units, g.width, self.stream.device) for g in self.groups}
         readers = {group.reader: gathered[group.name] for group in self.groups}
-        flow = Flow()
-        with self.stream.layer_from(self.index, weights) as layer, gathering(layer, readers), flow.watching(layer):
-            self.stream.advance(layer, hidden)
+        flow, told = Flow(fed.weights), fed.weights
+        with (
+            self.stream.layer_from(self.index, weights) as layer,
+            gathering(layer, readers, told),
+            flow.watching(layer),
+        ):
+            self.stream.advance(layer, fed.hidden, positions=fed.positions)
         numbered: dict[str, dict[str, float]] = {}
         tensors: Tensors = {}
         for group in self.groups:
@@ -179,9 +189,11 @@ class _Layer:
 
 
 class Flow:
-    """What a layer does to the residual stream: sums over the tokens of cosines, angles and squares."""
+    """What a layer does to the residual stream: sums over the tokens of cosines, angles and squares. weights [N, L]:
+    tokens of weight 0 are left out; None: none is."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: torch.Tensor | None = None) -> None:
+        self._weights, self._passed = weights, 0
         self._tokens, self._cosine, self._angle, self._moved, self._square = 0, 0.0, 0.0, 0.0, 0.0
 
     @contextmanager
@@ -194,9 +206,14 @@ class Flow:
             handle.remove()
 
     def _see(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
-        del module
+        if listens(module):
+            return
         before = args[0].flatten(0, -2).float()
         after = (out if isinstance(out, torch.Tensor) else out[0]).flatten(0, -2).float()
+        if self._weights is not None:
+            batch = self._weights[self._passed : self._passed + len(args[0])].flatten().to(before.device) > 0
+            before, after = before[batch], after[batch]
+            self._passed += len(args[0])
         cosine = nn.functional.cosine_similarity(before, after, dim=-1).double().clamp(-1, 1)
         self._tokens += len(before)
         self._cosine += float(cosine.sum())

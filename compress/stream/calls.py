@@ -128,6 +128,11 @@ def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
         del module.forward
 
 
+def listens(module: nn.Module) -> bool:
+    """Whether the call of a layer that a hook sees is one that is only recorded: nothing is computed in it."""
+    return "forward" in vars(module)
+
+
 @torch.no_grad()
 def fill_buffers(module: nn.Module, initialize: Callable[[nn.Module], None], device: str) -> None:
     """Give the module's own buffers the values that its stock class computes for them when a checkpoint is loaded."""

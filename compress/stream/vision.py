@@ -23,22 +23,26 @@ Images = Sequence[Sequence[Picture]]  # of each window, in the order of their to
 
 @dataclass(frozen=True)
 class Sight:
-    """What is to be known of windows whose tokens are not all text: their images, and `counted` [N, L], the tokens
-    whose prediction is part of a loss (neither an image's nor padding); None: all of them."""
+    """What is to be known of windows whose tokens are not all text: their images; `counted` [N, L], the tokens whose
+    prediction is part of a loss (neither an image's nor padding), None: all of them; `weights` [N, L] float32, 0 for
+    padding and else 1, None: 1 each."""
 
     images: Images = ()
     counted: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def first(self, windows: int) -> Sight:
         """Of the first windows alone."""
-        return Sight(self.images[:windows], None if self.counted is None else self.counted[:windows])
+        parts = (None if each is None else each[:windows] for each in (self.counted, self.weights))
+        return Sight(self.images[:windows], *parts)
 
 
 def sight_of(tokens: Tokens) -> Sight:
     """What calibration tokens say of themselves."""
     if tokens.kinds is None or not tokens.images:
         return Sight()
-    return Sight(tokens.images, torch.from_numpy((tokens.kinds != PADDING) & (tokens.kinds != IMAGE)))
+    real = torch.from_numpy(tokens.kinds != PADDING)
+    return Sight(tokens.images, real & torch.from_numpy(tokens.kinds != IMAGE), real.float())
 
 
 def token_positions(stream: Stream, ids: torch.Tensor, images: Images) -> torch.Tensor | None:

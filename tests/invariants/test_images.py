@@ -25,6 +25,7 @@ from tests import sight, tiny
 from tests.faults.test_resume import interrupt
 from tests.invariants.test_run import MOMENT, contents
 from tests.stock import load
+from tests.unit.test_vision import stock_states
 
 LAYER = "model.language_model.layers.{}.mlp.down_proj"
 
@@ -190,12 +191,26 @@ def test_padding_does_not_count_as_tokens_a_column(model: Path, chats: Path, tmp
     prune(model, tmp_path / "out", data(path, samples=3), ffn=0.3, force=True)
 
 
-def test_the_analysis_takes_text_alone(
-    model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--data", str(chats), "--samples", "2", "--length", "64", "--no-pictures"]
-    assert main(["sensitivity", str(model), "-o", str(tmp_path / "out"), *flags]) == 2
-    assert "images are for the calibration of prune" in capsys.readouterr().err
+def test_the_analysis_sees_images_as_prune_does(model: Path, chats: Path, tmp_path: Path) -> None:
+    """Its costs of the first layer's heads are those that prune ranks by, of the same windows."""
+    flags = ["--data", str(chats), "--samples", "5", "--length", "64", "--threads", "1", "-q"]
+    assert main(["sensitivity", str(model), "-o", str(tmp_path / "seen"), *flags, "--no-pictures"]) == 0
+    seen = load_file(tmp_path / "seen" / "sensitivity.safetensors")
+    out = prune(model, tmp_path / "out", data(chats), keep_heads=4, keep_ffn=96)
+    scores = load_file(out / "sensitivity" / "1-prune" / "importance.safetensors")
+    torch.testing.assert_close(seen["layers.0.heads.cost"], scores["layers.0.heads.cost"], rtol=1e-5, atol=0)
+    said = json.loads((tmp_path / "seen" / "sensitivity.json").read_text())
+    kinds = said["calibration"]["kinds"]
+    assert kinds.keys() == {"padding", "image", "text"} and said["calibration"]["tokens"] == 5 * 64 - kinds["padding"]
+    tokens = windows(data(chats), "calibration", model, 0, images=True)
+    assert tokens.kinds is not None
+    states = [state[torch.from_numpy(tokens.kinds != 0)] for state in stock_states(model, tokens)]
+    for layer, before, after in zip(said["layers"], states, states[1:], strict=False):
+        influence = 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()
+        assert layer["influence"] == pytest.approx(float(influence), rel=1e-3)
+    blind = prune(model, tmp_path / "text", data("builtin"), keep_heads=4)
+    text = load_file(blind / "sensitivity" / "1-prune" / "importance.safetensors")
+    assert not torch.allclose(text["layers.0.heads.cost"], scores["layers.0.heads.cost"], rtol=0.01)
 
 
 def test_a_conversation_is_cut_behind_its_last_image_alone(model: Path, chats: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def ahead(
 
 
 def _images(options: PruneOptions, before: Header, family: Family, data: DataSpec, complain: Complain) -> Ahead:
-    """What showing images takes, if there are any: the tower in float32, one image in it, all hidden states."""
+    """What showing images takes, if there are any."""
     try:
         images = pictures_of(data)
     except (UserError, MachineError):
@@ -58,11 +58,18 @@ def _images(options: PruneOptions, before: Header, family: Family, data: DataSpe
         complain("criterion", f"{options.criterion} takes text alone, and the calibration data have images")
     if options.keep_layers is not None and options.keep_layers < sizes.layers:
         complain("keep_layers", "layers are chosen on text alone, and the calibration data have images")
+    note = f"images in the calibration data: {len(images)}; windows of them are filled up with padding of no weight"
+    return Ahead(sight_memory(before, family, data), 0, (note,))
+
+
+def sight_memory(before: Header, family: Family, data: DataSpec) -> int:
+    """Bytes that showing images takes at its peak, if there are any: the vision tower in float32, one image in it, all
+    hidden states."""
+    if family.vision is None or not pictures_of(data):
+        return 0
     tower = sum(spec.parameters for name, spec in before.tensors.items() if name.startswith(f"{family.vision}."))
     image = PATCHES_A_TOKEN * data.length * PATCH_BYTES
-    hidden = 4 * expected_tokens(data, "calibration") * sizes.hidden
-    note = f"images in the calibration data: {len(images)}; windows of them are filled up with padding of no weight"
-    return Ahead(4 * tower + image + hidden, 0, (note,))
+    return 4 * tower + image + 4 * expected_tokens(data, "calibration") * family.sizes(before).hidden
 
 
 def _criterion(
