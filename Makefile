@@ -25,7 +25,7 @@ demo: setup ## compress SmolLM2-135M: prune, distil, quantize, check; result in 
 	$(BIN)/autoglm-compress run recipes/demo.yaml --overwrite
 
 test: setup ## all tests but the slow ones
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## the slow tests: the demo model end to end
 	$(BIN)/python -m pytest -m slow
