@@ -303,7 +303,7 @@ def _refit_note(
             "",
             f"{tokens} calibration tokens for a Gram matrix of {widest} columns: {tokens / widest:.2f} a column, and "
             "under 1 it is singular",
-            "give more samples (4 tokens a column or more), or force",
+            "give more samples (4 tokens a column or more), or force: true (--force)",
         )
     note = f"refit: {tokens / widest:.1f} calibration tokens per column"
     return [note + (" (under 4: the refit will be poor; give more samples)" if tokens < 4 * widest else "")]
