@@ -43,15 +43,10 @@ def scores(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "sensitivity" / "1-prune" / "importance.safetensors")
 
 
-def stock_inputs(model: Path, out: Path) -> dict[str, torch.Tensor]:
-    """What the readers of layer 0 see in the stock model, by group: [windows, L, n]; the FFN behind the o_proj that the
-    result `out` has, where the heads that went are silent."""
+def stock_inputs(model: Path) -> dict[str, torch.Tensor]:
+    """What the readers of layer 0 see in the stock model, by group: [windows, L, n]."""
     tokens = windows(DataSpec(source="builtin", samples=5, length=64), "calibration", model, 0)
     stock, seen = load(model), dict[str, torch.Tensor]()
-    mixer, keep = stock.model.layers[0].self_attn.o_proj, scores(out)["layers.0.heads.keep"].long()
-    columns = (keep[:, None] * READERS["heads"][1] + torch.arange(READERS["heads"][1])).flatten()
-    with torch.no_grad():
-        mixer.weight.zero_()[:, columns] = load(out).model.layers[0].self_attn.o_proj.weight
     for group, (name, _) in READERS.items():
         stock.model.layers[0].get_submodule(name).register_forward_pre_hook(
             lambda module, args, group=group: seen.update({group: args[0].detach()})
@@ -69,7 +64,7 @@ def test_costs_are_those_of_the_stock_models_activations(
     monkeypatch.setattr(forward, "BATCH_TOKENS", 128)  # two windows a batch, the last one alone
     found = prune(main, model, tmp_path / "out", criterion, refit)
     layer = load(model).model.layers[0]
-    for group, inputs in stock_inputs(model, tmp_path / "out").items():
+    for group, inputs in stock_inputs(model).items():
         name, width = READERS[group]
         energy = layer.get_submodule(name).weight.detach().square().sum(0)
         seen = statistics(inputs, width)

@@ -239,13 +239,13 @@ class _Pruner:
         """Rank, choose, cut and refit every group of layer `index`, which becomes layer `place`, and merge its KV
         heads; returns its tensors, by their names inside it."""
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
-        tensors, masked = original, dict(original)  # masked: in the source's shapes, what was removed is zero
+        tensors, groups = original, self.groups[place]
         fed = None if hidden is None else Fed(hidden, self.weights.of(hidden), self.positions)
+        found, held = self._statistics(index, groups, tensors, fed) if fed is not None else ({}, {})
         picked: dict[str, Chosen] = {}
-        for group in self.groups[place]:
+        for group in groups:
             what = f"layer {index} {group.name}"
-            # one group after the other: the FFN's statistics come from the attention that its layer will have
-            statistics, held = self._statistics(index, group, masked, fed) if fed and self.wanted else ({}, None)
+            statistics = found.pop(group.name, {})
             for kind, value in self.gradients[index].pop(group.name, {}).items():
                 statistics[kind] = value.to(self.streamed.device)
             hessian = statistics.get("gram")
@@ -262,13 +262,12 @@ class _Pruner:
             if group.name == "heads" and self.merger is not None:
                 pass  # o_proj is refitted when the KV heads are merged
             elif hessian is not None and self.options.refit:
-                damping, held_out = self._damping(seen, kept_columns, held)
+                damping, held_out = self._damping(seen, kept_columns, held.pop(group.name, None))
                 result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
                 error, before = result.error, result.error_before
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
-            masked[reader] = torch.zeros_like(masked[reader]).index_copy_(1, kept_columns, tensors[reader])
             ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
             picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping))
         self.chosen.append(picked)
@@ -293,21 +292,24 @@ class _Pruner:
         return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
 
     def _statistics(
-        self, index: int, group: Group, tensors: Mapping[str, torch.Tensor], fed: Fed
-    ) -> tuple[dict[Statistic, torch.Tensor], HeldOut | None]:
-        """What is wanted of the inputs of the group's reader; and the Gram matrix of the held-out windows, the last."""
-        device = self.streamed.device
-        gathered = Gathered(self.wanted, group.units, group.width, device)
+        self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], fed: Fed
+    ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut]]:
+        """What is wanted of the readers' inputs, by group; and of the held-out windows, the last ones, their Gram."""
+        if not groups:
+            return {}, {}
+        gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
+        readers = {g.reader: gathered[g.name] for g in groups}
         back = round((self.options.held_out or 0) * len(fed)) if self.options.refit else 0
         first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
-        kept_back = Gathered({"gram"}, group.units, group.width, device) if back else None
-        with self.before.layer_from(index, tensors) as layer, gathering(layer, {group.reader: gathered}, fed.weights):
+        kept_back = {g.name: Gathered({"gram"}, g.units, g.width, self.streamed.device) for g in groups if back}
+        with self.before.layer_from(index, tensors) as layer, gathering(layer, readers, fed.weights):
             self.before.advance(layer, first.hidden, keep=False, positions=first.positions)
-            if kept_back is not None:
-                with gathering(layer, {group.reader: kept_back}, last.weights):
+            if back:
+                with gathering(layer, {g.reader: kept_back[g.name] for g in groups}, last.weights):
                     self.before.advance(layer, last.hidden, keep=False, positions=last.positions)
-        held = None if kept_back is None else HeldOut(kept_back.results()["gram"], held_share(fed, back))
-        return gathered.results(), held
+        share = held_share(fed, back)
+        held = {name: HeldOut(each.results()["gram"], share) for name, each in kept_back.items()}
+        return {name: each.results() for name, each in gathered.items()}, held
 
 
 def _loading(plan: PrunePlan) -> dict[str, Any]:
