@@ -12,6 +12,7 @@ from compress.arch import FAMILIES, Group, family_of
 from compress.checkpoint.headers import read_header
 from compress.criteria import CRITERIA
 from compress.data import DataSpec
+from compress.errors import UserError
 from compress.machine import Machine
 from compress.recipe import Recipe
 from compress.run import run
@@ -136,6 +137,17 @@ def test_each_refit_takes_the_damping_that_is_best_on_held_out_windows(tmp_path:
         for errors in layer.values():
             # the refit that is judged on other windows has not seen them
             assert errors["damping"] in DAMPINGS and errors["error"] < errors["error_held_out"] < 1
+
+
+def test_no_window_held_back_is_refused_where_only_the_text_tells_how_many_there_are(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some words that stand for a text. " * 20)
+    source = tiny.llama(tmp_path / "source")
+    data = DataSpec(source=str(text), length=64)  # all of it: a plan cannot count its windows
+    recipe = Recipe.single("prune", str(source), PruneOptions(ffn=0.3, held_out=0.001), data=data)
+    with pytest.raises(UserError, match=r"0\.001 of \d+ calibration windows is none, or all of them"):
+        run(recipe, tmp_path / "out", Machine(1))
+    assert not (tmp_path / "out").exists()
 
 
 def test_heads_go_equally_from_every_kv_group(tmp_path: Path) -> None:

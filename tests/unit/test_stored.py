@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from compress.arch import FAMILIES, family_of
+from compress.arch import FAMILIES, Family, family_of
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.reader import Reader
@@ -30,6 +30,7 @@ from tests.unit.test_quantize import divergence, quantize
 
 torch.set_num_threads(1)
 ROUNDED = ("bnb-int8", "w8a8")  # whoever runs them rounds activations as well
+Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]  # linear -> what went in, what came out
 PACKED = ("bnb-int8", "w8a16", "w8a8")
 
 
@@ -58,30 +59,36 @@ def test_any_two_values_meet_in_a_case() -> None:
     assert {name for name in FAMILIES if name not in LOADED} == {"glm4v_native"}
 
 
-# the names on disk are those of the stock model's modules, by which the test finds both sides
-NAMED_ALIKE = [case for case in CASES if FAMILIES[case.family].stored is None]
+def on_disk(family: Family, name: str) -> str:
+    """What the tensor that the stock model calls `name` is called on disk."""
+    if family.stored is None:
+        return name
+    inside = name.removeprefix(f"{family.text}.")
+    return f"{family.root}.{inside}" if inside != name else name.removeprefix("model.")
 
 
-@pytest.mark.parametrize("case", NAMED_ALIKE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_stock_transformers_has_the_weights_and_logits_that_were_meant(
     case: Case, sources: Path, tmp_path: Path
 ) -> None:
     how, source, target = FORMATS[case.how], case.source(sources), tmp_path / "out"
+    family = FAMILIES[case.family]
     quantize(source, target, case.how, shard_bytes=100_000 if case.sharded else SHARD_BYTES)
     assert (len(list(target.glob("*.safetensors"))) > 1) == case.sharded
     model = stock.load(target, DTYPES[case.load])
     ids = torch.randint(0, 190, (2, 64), generator=torch.Generator().manual_seed(1))
-    calls = _calls(model, decoder_linears(read_header(source), FAMILIES[case.family]))
+    calls = _calls(model, family, decoder_linears(read_header(source), family))
     logits = stock.logits(model, {"input_ids": ids})
 
     dequantized = stock.load(source, DTYPES[case.load])
     meant = exact(dequantized, target, how) | _others(source, how)
     assert {name.removesuffix(".weight") for name in meant} > calls.keys()
     with Reader(target) as reader:  # compressed-tensors has decompressed: that was the first forward
-        for name, parameter in model.named_parameters():
+        for stock_name, parameter in model.named_parameters():
+            name = on_disk(family, stock_name)
             module = name.removesuffix(".weight")
             if case.how == "bnb-int8" and module in calls:
-                state = model.get_submodule(module).state
+                state = model.get_submodule(stock_name.removesuffix(".weight")).state
                 assert torch.equal(state.CB, reader.tensor(name)) and state.threshold == 6.0
                 assert torch.equal(state.SCB, reader.tensor(f"{module}.SCB"))
             else:
@@ -92,12 +99,13 @@ def test_stock_transformers_has_the_weights_and_logits_that_were_meant(
                 assert module not in calls or parameter.dtype == DTYPES[case.load]
     with torch.no_grad():
         for name, parameter in dequantized.named_parameters():
-            parameter.copy_(meant[name])
+            parameter.copy_(meant[on_disk(family, name)])
     reference = stock.logits(dequantized, {"input_ids": ids})
     kl, top1 = divergence(reference, logits)
     assert torch.equal(reference, logits) == (case.how not in ROUNDED)
-    assert kl <= 0.05 and top1 >= 0.75  # random weights: first choices are near ties; the demo model shows 0.9 below
-    _same_outputs(target, how, model, calls, DTYPES[case.load])
+    # random weights: first choices are near ties, most of all a pico gemma3's; the demo model shows 0.9 below
+    assert kl <= 0.05 and top1 >= (0.75 if case.family == "gemma3_text" else 0.85)
+    _same_outputs(target, how, model, family, calls, DTYPES[case.load])
 
 
 def _others(source: Path, how: Format) -> dict[str, torch.Tensor]:
@@ -108,38 +116,33 @@ def _others(source: Path, how: Format) -> dict[str, torch.Tensor]:
         return {name: how.cast(name, reader.tensor(name)) for name in names}
 
 
-def _calls(model: nn.Module, modules: tuple[str, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What goes into every linear and comes out of it, once the model has run."""
-    calls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+def _calls(model: nn.Module, family: Family, modules: tuple[str, ...]) -> Seen:
+    """What goes into every linear and comes out of it, by its name on disk, once the model has run."""
+    calls: Seen = {}
     for module in modules:
 
         def keep(_: nn.Module, args: Any, out: torch.Tensor, module: str = module) -> None:
             calls[module] = (args[0].clone(), out.clone())
 
-        model.get_submodule(module).register_forward_hook(keep)
+        model.get_submodule(family.parameter(module)).register_forward_hook(keep)
         calls[module] = (torch.empty(0), torch.empty(0))
     return calls
 
 
 @torch.no_grad()
-def _same_outputs(
-    folder: Path, how: Format, model: nn.Module, calls: dict[str, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype
-) -> None:
+def _same_outputs(folder: Path, how: Format, model: nn.Module, family: Family, calls: Seen, dtype: torch.dtype) -> None:
     """Our module of every linear, read from the folder, computes what the stock model's did, bit for bit."""
-    rounded = []
     with Reader(folder) as reader:
         for module, (x, expected) in calls.items():
-            old = model.get_submodule(module)
+            old = model.get_submodule(family.parameter(module))
             meta = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
             ours = how.load(reader, meta, module, dtype)
             assert x.numel() and torch.equal(ours(x), expected), module
             bias = None if old.bias is None else old.bias.to(x.dtype)
             unrounded = nn.functional.linear(x, restored(how, reader, module, x.dtype), bias)
-            same = torch.equal(unrounded, expected)
-            rounded.append(not same)
-            assert same or how.name in ROUNDED, module
-    # of large inputs bitsandbytes rounds none (its threshold of outliers), so single modules may be exact
-    assert any(rounded) == (how.name in ROUNDED)
+            # bitsandbytes rounds no column with an outlier: where every column has one, nothing is rounded
+            outliers = how.name == "bnb-int8" and bool((x.abs() >= 6).flatten(0, -2).any(0).all())
+            assert torch.equal(unrounded, expected) == (how.name not in ROUNDED or outliers), module
 
 
 @pytest.mark.parametrize("how", ROUNDED)
