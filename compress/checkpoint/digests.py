@@ -13,7 +13,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -56,8 +56,12 @@ def model_files(folder: Path) -> list[Path]:
 
 def model_digest(folder: Path) -> str:
     """Hex sha256 of what a checkpoint computes: config.json and its weights, by name and content."""
-    said = json.dumps([(file.name, digest(file)) for file in model_files(folder)])
-    return hashlib.sha256(said.encode()).hexdigest()
+    return digest_of({file.name: digest(file) for file in model_files(folder)})
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """The same of files whose digests are known, as a receipt names them: name -> hex sha256."""
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
 
 def ahead(paths: Iterable[Path]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from compress.checkpoint.digests import digest_of
 from compress.checkpoint.headers import read_json
 from compress.errors import UserError
 
@@ -42,17 +41,10 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
         raise UserError(f"{path}: not a receipt of a run with steps") from None
     if not isinstance(keep, dict):
         raise UserError(f"{path}: its first step is no prune step")
-    if _digest(files) != found.about.get("model", {}).get("digest"):
+    if not isinstance(files, dict) or digest_of(files) != found.about.get("model", {}).get("digest"):
         raise UserError(f"{path}: made from another model than {found.step} measured")
     if before is None or after is None:
         raise UserError(
             f"{path}: not measured before and after its prune step", hint="let evaluate be 'each', or prune alone"
         )
     return Outcome(result.name, found.predicted(keep), math.log(after["perplexity"]) - math.log(before["perplexity"]))
-
-
-def _digest(files: Any) -> str | None:
-    """checkpoint.digests.model_digest of the files that a receipt names."""
-    if not isinstance(files, dict):
-        return None
-    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()

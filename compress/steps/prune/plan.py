@@ -15,11 +15,13 @@ from compress.checkpoint.layout import files_bytes
 from compress.criteria import CRITERIA
 from compress.curves import Curves
 from compress.data import expected_tokens
+from compress.errors import UserError
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.choose import choose
+from compress.steps.prune.enough import few_tokens, windows_back
 from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.shares import weight_notes
@@ -289,21 +291,14 @@ def _refit_note(
     widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
     if not options.refit and (options.from_sensitivity is not None or "gram" not in CRITERIA[options.criterion].needs):
         return []
-    if (
-        options.held_out is not None
-        and data.samples is not None
-        and not (0 < round(options.held_out * data.samples) < data.samples)
-    ):
-        complain("held_out", f"{options.held_out} of {data.samples} calibration windows is none, or all of them")
     if data.samples is None:
         return []
+    try:
+        windows_back(options, data.samples)
+    except UserError as problem:
+        complain("held_out", problem.message, problem.hint)
     tokens = data.samples * data.length
-    if tokens < widest and not options.force:
-        complain(
-            "",
-            f"{tokens} calibration tokens for a Gram matrix of {widest} columns: {tokens / widest:.2f} a column, and "
-            "under 1 it is singular",
-            "give more samples (4 tokens a column or more), or force: true (--force)",
-        )
+    if not options.force and (few := few_tokens(tokens, widest)) is not None:
+        complain("", few.message, few.hint)
     note = f"refit: {tokens / widest:.1f} calibration tokens per column"
     return [note + (" (under 4: the refit will be poor; give more samples)" if tokens < 4 * widest else "")]

@@ -27,6 +27,7 @@ from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.depth import Depth, find_depth, settled
+from compress.steps.prune.enough import windows_back
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import PruneOptions
@@ -299,7 +300,7 @@ class _Pruner:
             return {}, {}
         gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
         readers = {g.reader: gathered[g.name] for g in groups}
-        back = round((self.options.held_out or 0) * len(fed)) if self.options.refit else 0
+        back = windows_back(self.options, len(fed))
         first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
         kept_back = {g.name: Gathered({"gram"}, g.units, g.width, self.streamed.device) for g in groups if back}
         with self.before.layer_from(index, tensors) as layer, gathering(layer, readers, fed.weights):

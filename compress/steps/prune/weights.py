@@ -15,6 +15,7 @@ from compress.arch import Group
 from compress.data import PADDING, TOKEN_KINDS
 from compress.errors import UserError
 from compress.limits import BATCH_TOKENS
+from compress.steps.prune.enough import few_tokens
 from compress.steps.prune.options import PruneOptions
 from compress.stream.fed import Fed
 
@@ -74,12 +75,8 @@ def check_tokens(kinds: npt.NDArray[np.int8] | None, groups: Sequence[Sequence[G
         return None
     tokens = int((kinds != PADDING).sum())
     columns = max((group.units * group.width for layer in groups for group in layer), default=1)
-    if tokens < columns and not force:
-        raise UserError(
-            f"{tokens} calibration tokens besides padding for a Gram matrix of {columns} columns: "
-            f"{tokens / columns:.2f} a column, and under 1 it is singular",
-            hint="give more samples (4 tokens a column or more), or force",
-        )
+    if not force and (few := few_tokens(tokens, columns, " besides padding")) is not None:
+        raise few
     return f"{tokens} tokens besides padding, {tokens / columns:.1f} per column"
 
 
