@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,7 @@ from compress.solve import HeldOut, best_damping, cut_error, damping_vector, ref
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.depth import Depth, find_depth, settled
 from compress.steps.prune.enough import windows_back
+from compress.steps.prune.joint import Seen, activation_of, gated, joint_refit, watching, written
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import PruneOptions
@@ -43,6 +46,7 @@ from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
 from compress.stream.vision import Sight, show, sight_of, token_positions
 
+FFN = "ffn"  # the group
 PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 
@@ -242,7 +246,7 @@ class _Pruner:
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         tensors, groups = original, self.groups[place]
         fed = None if hidden is None else Fed(hidden, self.weights.of(hidden), self.positions)
-        found, held = self._statistics(index, groups, tensors, fed) if fed is not None else ({}, {})
+        found, held, seen_ffn = self._statistics(index, groups, tensors, fed) if fed is not None else ({}, {}, None)
         picked: dict[str, Chosen] = {}
         for group in groups:
             what = f"layer {index} {group.name}"
@@ -258,7 +262,7 @@ class _Pruner:
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
             tensors = cut(tensors, group, keep)
-            error = before = None
+            error = before = alone = None
             damping = held_out = None
             if group.name == "heads" and self.merger is not None:
                 pass  # o_proj is refitted when the KV heads are merged
@@ -267,16 +271,36 @@ class _Pruner:
                 result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
                 error, before = result.error, result.error_before
+                if seen_ffn is not None and group.name == FFN:
+                    inner = hessian[keep][:, keep]
+                    tensors, alone, error = self._joint(group, tensors, result.weight, inner, seen_ffn, damping, what)
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
             ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
-            picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping))
+            picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping, alone))
         self.chosen.append(picked)
         if self.merger is not None:
             stay = picked["heads"].keep if "heads" in picked else None
             tensors, errors = self.merger.merge((index, place), original, tensors, stay, fed, self.orders[place])
             self.merged |= {} if errors is None else {str(index): errors}
         return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
+
+    def _joint(
+        self,
+        group: Group,
+        tensors: dict[str, torch.Tensor],
+        down: torch.Tensor,
+        gram: torch.Tensor,
+        seen: Seen,
+        damping: float,
+        what: str,
+    ) -> tuple[dict[str, torch.Tensor], float, float]:
+        """The layer's cut tensors after the joint refit of its FFN, from the refitted `down` on, and the relative
+        output errors before and after it; gram [k, k]: of what `down` reads."""
+        ffn = replace(gated(tensors, group, len(gram)), down=down)
+        act = activation_of(self.before.text.config)
+        joint = joint_refit(ffn, act, seen, gram, damping, self.streamed.device, what)
+        return written(tensors, group, joint.ffn), joint.error_before, joint.error
 
     def _ranking(self, index: int, group: Group, seen: GroupView) -> Ranking:
         """By the criterion, or as a sensitivity folder has it."""
@@ -294,23 +318,30 @@ class _Pruner:
 
     def _statistics(
         self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], fed: Fed
-    ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut]]:
-        """What is wanted of the readers' inputs, by group; and of the held-out windows, the last ones, their Gram."""
+    ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut], Seen | None]:
+        """What is wanted of the readers' inputs, by group; of the held-out windows, the last ones, their Gram; and what
+        the FFN reads and gives, for a joint refit."""
         if not groups:
-            return {}, {}
+            return {}, {}, None
         gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
         readers = {g.reader: gathered[g.name] for g in groups}
         back = windows_back(self.options, len(fed))
         first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
         kept_back = {g.name: Gathered({"gram"}, g.units, g.width, self.streamed.device) for g in groups if back}
-        with self.before.layer_from(index, tensors) as layer, gathering(layer, readers, fed.weights):
+        ffn = next((g for g in groups if g.name == FFN and self.options.joint_refit), None)
+        seen = None if ffn is None else Seen.room(fed.hidden, fed.weights)
+        with ExitStack() as stack:
+            layer = stack.enter_context(self.before.layer_from(index, tensors))
+            stack.enter_context(gathering(layer, readers, fed.weights))
+            if ffn is not None and seen is not None:
+                stack.enter_context(watching(layer, ffn, seen))
             self.before.advance(layer, first.hidden, keep=False, positions=first.positions)
             if back:
                 with gathering(layer, {g.reader: kept_back[g.name] for g in groups}, last.weights):
                     self.before.advance(layer, last.hidden, keep=False, positions=last.positions)
         share = held_share(fed, back)
         held = {name: HeldOut(each.results()["gram"], share) for name, each in kept_back.items()}
-        return {name: each.results() for name, each in gathered.items()}, held
+        return {name: each.results() for name, each in gathered.items()}, held, seen
 
 
 def _loading(plan: PrunePlan) -> dict[str, Any]:
