@@ -2,8 +2,8 @@
 
 The refit of solve.py moves down_proj alone, for which the outputs are linear. This goes on from there with Gauss-Newton
 steps over all three matrices (Nocedal & Wright 2006, section 10.3), the linear system of each solved by a few conjugate
-gradients (algorithm 5.3) under a Kronecker-factored preconditioner (as Martens & Grosse 2015, eq. 9). Minimised is, over
-the calibration tokens t with weights w_t,
+gradients (algorithm 5.3) under a Kronecker-factored preconditioner (as Martens & Grosse 2015, eq. 9). What goes down,
+over the calibration tokens t with weights w_t, is
 
     sum_t w_t |V (act(G x_t) * (U x_t)) - y_t|^2 / sum_t w_t + a ridge towards where each matrix began,
 
