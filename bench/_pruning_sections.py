@@ -10,6 +10,8 @@ from _markdown import Row, by_setting, described, number, table, verdict
 METHODS = {
     "wanda": "wanda + refit (default)",
     "wanda-per-layer": "wanda + refit, per-layer widths, heads against FFN",
+    "wanda-joint": "wanda + joint refit, 2 steps",
+    "wanda-joint-per-layer": "wanda + joint refit, 2 steps, per-layer widths, heads against FFN",
     "obs-per-layer": "obs + refit, per-layer widths, heads against FFN",
     "wanda-held-out": "wanda + refit, damping chosen on held-out windows",
     "obs": "obs + refit",
@@ -36,7 +38,7 @@ CALIBRATED = {
     "builtin": "`builtin` (72 windows, all there are)",
 }
 SHAPES = {"ffn": "FFN", "heads": "heads + FFN"}
-# the best row of uniform widths has to stay within: (calibration, ratio) -> (on WikiText-2, on every far text)
+# the best row of uniform widths has to stay within, and that of widths by layer where a far text is named: (calibration, ratio) -> (on WikiText-2, on every far text)
 PRUNING_MUST: dict[tuple[str, float], tuple[float, float | None]] = {
     ("wikitext", 0.20): (1.47, None),
     ("wikitext", 0.35): (2.18, None),
@@ -45,7 +47,15 @@ PRUNING_MUST: dict[tuple[str, float], tuple[float, float | None]] = {
 }
 PER_LAYER_MUST = {0.20: 1.44, 0.35: 2.03}  # calibrated on WikiText-2 valid, judged on its test split
 FAR = {0.20: 1.2, 0.35: 1.35}  # any calibration's ratio on any far text, at most this times its ratio on WikiText-2
-CARRIES = ("wanda", "obs", "wanda-held-out", "wanda-per-layer", "obs-per-layer")  # the methods that this is asked of
+CARRIES = (
+    "wanda",
+    "obs",
+    "wanda-held-out",
+    "wanda-joint",
+    "wanda-per-layer",
+    "wanda-joint-per-layer",
+    "obs-per-layer",
+)  # the methods that this is asked of
 PRUNING = """\
 One shot, no training; uniform widths but where a row says per-layer. Judged by `bench/judge.py` (stock transformers,
 nothing of this package) on 64 windows of the WikiText-2 test split and of texts of other kinds that nothing is
@@ -120,21 +130,22 @@ def _pruning_verdicts(cells: Cells, texts: tuple[str, ...]) -> Iterable[str]:
     """The best method of a calibration on WikiText-2 against what is to be met there and on every far text, FFN alone;
     then widths by layer."""
     for (calibration, ratio), musts in PRUNING_MUST.items():
-        found = {
-            cell[1]: {text: _mean([row["ratio"][text] for row in rows]) for text in texts}
-            for cell, rows in cells.items()
-            if (cell[0], *cell[2:]) == (calibration, "ffn", ratio) and not cell[1].endswith("per-layer")
-        }
-        if not found:
-            continue
-        method = min(found, key=lambda name: found[name]["wikitext"])
-        what = f"{CALIBRATED[calibration]}, {ratio:.0%}, {METHODS[method]}"
-        yield verdict(f"{what}: WikiText-2", found[method]["wikitext"], musts[0], "times dense", 3)
-        if (most_far := musts[1]) is not None:
-            for text in texts[1:]:
-                yield verdict(f"{what}: {text}", found[method][text], most_far, "times dense", 3)
+        for by_layer in (False, True)[: 1 if musts[1] is None else 2]:
+            found = {
+                cell[1]: {text: _mean([row["ratio"][text] for row in rows]) for text in texts}
+                for cell, rows in cells.items()
+                if (cell[0], *cell[2:]) == (calibration, "ffn", ratio) and (cell[1] in BY_LAYER) == by_layer
+            }
+            if not found:
+                continue
+            method = min(found, key=lambda name: found[name]["wikitext"])
+            what = f"{CALIBRATED[calibration]}, {ratio:.0%}, {METHODS[method]}"
+            yield verdict(f"{what}: WikiText-2", found[method]["wikitext"], musts[0], "times dense", 3)
+            if (most_far := musts[1]) is not None:
+                for text in texts[1:]:
+                    yield verdict(f"{what}: {text}", found[method][text], most_far, "times dense", 3)
     for ratio, most in PER_LAYER_MUST.items():
-        for method in ("wanda-per-layer", "obs-per-layer"):
+        for method in BY_LAYER:
             if rows := cells.get(("wikitext", method, "ffn", ratio)):
                 value = _mean([row["ratio"]["wikitext"] for row in rows])
                 yield verdict(f"{METHODS[method]}, {ratio:.0%}: WikiText-2", value, most, "times dense", 3)

@@ -45,11 +45,13 @@ OURS: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in CRITERI
     "minitron": {"criterion": "activation", "refit": False},
     "magnitude-no-refit": {"criterion": "magnitude", "refit": False},
     "wanda-held-out": {"criterion": "wanda", "held_out": 0.125},
+    "wanda-joint": {"criterion": "wanda", "joint_refit": 2},
 }
-# widths that differ by layer, from an analysis of the same calibration: what `sensitivity` is told
-PER_LAYER: dict[str, dict[str, Any]] = {
-    "wanda-per-layer": {"criterion": "wanda"},
-    "obs-per-layer": {"criterion": "obs"},
+# widths that differ by layer, from an analysis of the same calibration: the criterion of it, what else `prune` is told
+PER_LAYER: dict[str, tuple[str, dict[str, Any]]] = {
+    "wanda-per-layer": ("wanda", {}),
+    "wanda-joint-per-layer": ("wanda", {"joint_refit": 2}),
+    "obs-per-layer": ("obs", {}),
 }
 CALIBRATIONS = ("wikitext", "self+wikitext", "self", "builtin")
 RATIOS = (0.20, 0.35, 0.50)
@@ -139,12 +141,12 @@ class Bench:
 
     def _measured(self, case: Case, shared: dict[str, Any]) -> dict[str, Any]:
         """The options that take the widths of the layers from an analysis, made once for all ratios."""
-        folder = WORK / f"pruning-sensitivity-{case.method}-{case.calibration}-{case.seed}"
+        criterion, besides = PER_LAYER[case.method]
+        folder = WORK / f"pruning-sensitivity-{criterion}-{case.calibration}-{case.seed}"
         if folder not in self.analyses:
-            options = PER_LAYER[case.method] | {"pictures": False}
-            compress.measure_sensitivity(self.setting.model, folder, **options, **shared)
+            compress.measure_sensitivity(self.setting.model, folder, criterion=criterion, pictures=False, **shared)
             self.analyses.add(folder)
-        return {"from_sensitivity": str(folder), "allocation": "per-layer"}
+        return {"from_sensitivity": str(folder), "allocation": "per-layer"} | besides
 
     def _task(self, case: Case) -> Task:
         options = PruneOptions(ratio=case.ratio, heads=SHAPES[case.shape])
