@@ -27,7 +27,7 @@ from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.types import Job, StepPlan
 from compress.stream.arranged import stock_view
-from compress.stream.forward import Stream, compute_dtype
+from compress.stream.forward import Stream, check_numbers, compute_dtype
 from compress.stream.loss import mean_loss
 from compress.stream.stock import stock_config
 
@@ -195,6 +195,8 @@ def _loss(
         for hidden in (whole, *without):
             losses.append(mean_loss(stream, stream.norm(hidden), ids))
             task.advance()
+    if not math.isfinite(losses[0]):
+        raise UserError("the model's loss is NaN or infinite: its logits overflow")
     rises = [loss - losses[0] for loss in losses[1:]]
     for index, rise in enumerate(rises):
         if not math.isfinite(rise):
@@ -220,8 +222,7 @@ def _through(
         for index in range(stream.layers):
             with stream.layer(index) as layer:
                 see(layer)
-            if not bool(torch.isfinite(hidden).all()):
-                raise UserError(f"layer {index}: its output is NaN or infinite: activations overflow")
+            check_numbers(hidden, index)
             task.advance()
 
 
