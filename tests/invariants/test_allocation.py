@@ -138,7 +138,7 @@ def test_heads_that_are_given_stay_given(source: Path, folder: Path) -> None:
         ({"ratio": 0.3}, False, "per-layer needs measured cost curves"),
         ({"ffn": 0.3}, True, "one budget for all layers: ratio, params or bytes; found ffn"),
         ({}, True, "one budget for all layers: ratio, params or bytes; found none"),
-        ({"ratio": 0.8}, True, r"0.8000 cannot be reached: .*the smallest is 0.[67]"),
+        ({"ratio": 0.8}, True, r"0.8000 cannot be reached: .*the largest is 0.[67]"),
         ({"params": "90M"}, True, "removes nothing"),
     ],
 )

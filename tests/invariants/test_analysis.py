@@ -18,11 +18,13 @@ from compress.cli import main
 from compress.curves import read_curves
 from compress.data import DataSpec, windows
 from compress.errors import UserError
-from compress.sensitivity import Sensitivity, load_sensitivity, removal_order
+from compress.output import MARK
+from compress.sensitivity import Sensitivity, load_sensitivity, measure, removal_order
 from compress.sensitivity.compare import compare, spearman
 from compress.sensitivity.heat import WIDTH, heat_map
 from compress.solve import damping_vector, refit
 from tests import tiny
+from tests.faults.test_resume import interrupt
 
 DATA = {"samples": 8, "length": 64}
 FLAGS = ["--samples", "8", "--length", "64", "--threads", "1", "-q"]
@@ -280,6 +282,22 @@ def test_overwrite_replaces_an_analysis(source: Path, tmp_path: Path) -> None:
     arguments = ["sensitivity", str(source), "-o", str(tmp_path / "x"), "--no-pictures", *FLAGS]
     assert main(arguments) == 0 and main([*arguments, "--criterion", "magnitude", "--overwrite"]) == 0
     assert load_sensitivity(tmp_path / "x").criterion == "magnitude"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
+
+
+def test_interrupted_it_leaves_nothing_and_starts_over(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sensitivity", str(source), "-o", str(tmp_path / "x"), "--no-pictures", *FLAGS]
+    with monkeypatch.context() as patched:
+        interrupt(patched, measure._Layer, "measure", 2)
+        assert main(arguments) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x.work" / "result").mkdir(parents=True)  # as a killed one leaves it
+    (tmp_path / "x.work" / "result" / "sensitivity.json").write_text("{")
+    (tmp_path / "x.work" / MARK).touch()
+    assert main(arguments) == 0 and load_sensitivity(tmp_path / "x").criterion == "wanda"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 

@@ -52,9 +52,10 @@ def test_prune(family: str, criterion: str, tmp_path: Path, main: Main) -> None:
     assert all(value.allclose(weights[0][key], rtol=1e-3, atol=1e-4) for key, value in weights[1].items())
 
 
-def test_whole_layers_and_kv_heads(tmp_path: Path, main: Main) -> None:
+@pytest.mark.parametrize("criterion", ["influence", "loss"])
+def test_whole_layers_and_kv_heads(criterion: str, tmp_path: Path, main: Main) -> None:
     model = tiny.glm4v(tmp_path / "model", num_hidden_layers=3)
-    cut = ["--keep-layers", "2", "--layer-criterion", "influence", "--keep-kv-heads", "1", "--keep-heads", "6"]
+    cut = ["--keep-layers", "2", "--layer-criterion", criterion, "--keep-kv-heads", "1", "--keep-heads", "6"]
     work = ["prune", str(model), *cut, "--samples", "6", "--length", "32", "--threads", "1", "-o"]
     code, said, products = on_gpu(*work, str(tmp_path / "gpu"))
     assert code == 0 and products > 20, said

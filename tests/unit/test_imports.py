@@ -86,6 +86,7 @@ HEAVY = {
     "compress.stream.calls",
     "compress.stream.fed",
     "compress.stream.forward",
+    "compress.stream.loss",
     "compress.stream.statistics",
     "compress.stream.stock",
     "compress.trace.family",

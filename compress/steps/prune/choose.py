@@ -117,7 +117,7 @@ def _per_layer(
         complain(
             key,
             f"{told(limit)} cannot be reached: at most {MOST:.0%} of a layer's units go, and no more than was "
-            f"measured; the smallest is {least}",
+            f"measured; the {'largest' if key == 'ratio' else 'smallest'} is {least}",
         )
         return None
     return keeps, (
