@@ -19,7 +19,13 @@ WIDE = 2048  # hidden size from which FFN widths are multiples of 256 (GGUF K-qu
 WITHIN = 0.015  # a target is met when the largest reachable size is at most this share below it
 SHARES = ("ratio", "ffn", "heads")
 EXACT = ("keep_ffn", "keep_heads")
-WHOLE = ("keep_layers", "keep_kv_heads", "kv_cache_bytes")  # counted beside the shares
+WHOLE = (  # counted beside the shares
+    "keep_layers",
+    "keep_kv_heads",
+    "kv_cache_bytes",
+    "keep_vision_layers",
+    "keep_vision_ffn",
+)
 TARGETS = ("params", "bytes")
 WIDTHS = ("ratio", "ffn", "keep_ffn", *TARGETS)  # each says how wide the FFN becomes
 
@@ -53,13 +59,15 @@ class Layer:
 class Decoder:
     """What is cut, layer by layer, and `measure`: what would be left of the whole model, parameters and bytes of its
     weight files. `fixed`: the units that must stay in a (layer, group), by hand; `kv`: the KV heads that stay, where
-    they are a group; `gone`: matrix parameters of the layers that go as a whole, which are not among `layers`."""
+    they are a group; `gone`: matrix parameters of the layers that go as a whole, which are not among `layers`;
+    `beside`: parameters that go from the vision tower, as `measure` knows."""
 
     layers: tuple[Layer, ...]
     measure: Callable[[Keeps], tuple[int, int]]
     fixed: Mapping[tuple[int, str], int] = field(default_factory=dict)
     kv: Mapping[str, int] = field(default_factory=dict)
     gone: int = 0
+    beside: int = 0
 
     @cached_property
     def matrix_parameters(self) -> int:
@@ -292,7 +300,7 @@ def _to_target(
         return None
     width = widths[at]
     keeps = decoder.keeps(heads, lambda layer: width)
-    if not decoder.removed(keeps):
+    if not decoder.removed(keeps) and not decoder.beside:
         refuse(key, f"{limit:,} removes nothing: the model stays within it as it is ({told(width)})")
         return None
     around = [told(near) for near in (*widths[max(at - 1, 0) : at], *widths[at + 1 : at + 2])]
