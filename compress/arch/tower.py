@@ -126,3 +126,14 @@ class Tower:
             tensors[spec.name] = TensorSpec(spec.name, spec.dtype, shape)
         vision = {**(header.config.get("vision_config") or {}), **fewer}
         return header.planned({**header.config, "vision_config": vision}, tensors.values())
+
+
+def cut_sizes(tower: Tower | None, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[int]]:
+    """What a step made of a tower, of raw configs: `{"vision_layers": [24, 12], "vision_ffn": [13696, 8192]}`, of the
+    sizes that differ."""
+    try:
+        sides = [] if tower is None else [tower.sizes(config) for config in (before, after)]
+    except UserError:  # of another kind: not cut
+        return {}
+    pairs = {"vision_layers": [each.depth for each in sides], VISION_FFN: [each.ffn for each in sides]}
+    return {name: counts for name, counts in pairs.items() if len(set(counts)) > 1}

@@ -24,6 +24,7 @@ from compress.limits import DEPTH_POSITIONS
 from compress.machine import Machine
 from compress.plan import make_plan
 from compress.recipe import Recipe
+from compress.report import changes
 from compress.run import run
 from compress.solve import damping_vector, refit
 from compress.steps.prune.options import PruneOptions
@@ -336,6 +337,12 @@ def test_what_is_planned_is_what_is_written(model: Path, chats: Path, tmp_path: 
     found = planned(model, data(chats), **CUT)
     assert found.nbytes == (out / "model.safetensors").stat().st_size
     assert found.parameters == sum(spec.parameters for spec in read_header(out).tensors.values())
+    whole = make_plan(Recipe.single("prune", str(model), PruneOptions(**CUT), data=data(chats)), Machine(1))
+    step = whole.as_dict()["steps"][0]
+    assert (step["vision_layers"], step["vision_ffn"]) == ([4, 2], [64, 24])
+    assert changes(whole.steps[0]) == "vision layers 4 -> 2, vision FFN 64 -> 24"
+    card = (out / "README.md").read_text()
+    assert "cut the vision tower: layers " in card and "24 of 64 FFN neurons of its merger stay, by wanda" in card
     gone = sum(spec.parameters for spec in read_header(model).tensors.values()) - found.parameters
     assert any(f"vision tower: {gone:,} parameters go, {4 * gone:,} bytes in F32" in note for note in found.notes)
 

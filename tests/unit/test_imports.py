@@ -79,6 +79,8 @@ HEAVY = {
     "compress.steps.prune.run",
     "compress.steps.prune.scores",
     "compress.steps.prune.surgery",
+    "compress.steps.prune.vision",
+    "compress.steps.prune.vision_depth",
     "compress.steps.prune.weights",
     "compress.steps.quantize.run",
     "compress.stream.arranged",

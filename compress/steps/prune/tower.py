@@ -178,14 +178,13 @@ def _ffn_note(left: TowerLeft, options: PruneOptions, criterion: str) -> str:
 def _memory(
     before: Header, family: Family, options: PruneOptions, data: DataSpec, sizes: TowerSizes, gram: bool
 ) -> int:
-    """Bytes: the tower with an image in it, the merger before and after in float32, and for a refit Gram matrices and
-    what the solver makes of them."""
+    """Bytes: the tower with an image in it and Gram matrices, where some are taken; or, once it is emptied, those, what
+    the solver makes of them, and the merger before and after in float32."""
     try:
         seen = sight_memory(before, family, data)
     except (UserError, MachineError):
         seen = 0
     merger = 3 * sizes.width * sizes.ffn * 4
-    square = 4 * sizes.ffn**2
-    grams = square * (1 if options.held_out is None else 2)
+    grams = 4 * sizes.ffn**2 * (1 if options.held_out is None else 2) if gram else 0
     solver = 3 * sizes.ffn**2 * (8 if sizes.ffn <= DOUBLE_UP_TO else 4) + 4 * sizes.width * sizes.ffn * 4
-    return seen + 2 * merger + (grams + solver if gram else 0)
+    return grams + max(seen, 2 * merger + (solver if gram else 0))
