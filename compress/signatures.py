@@ -236,6 +236,10 @@ class PruneKeywords(StepKeywords, total=False):
     """Calibration windows, at most, that the backward pass of taylor, fisher and tp-taylor sees."""
     refit: bool
     """Refit the reading matrix by least squares from the original weights."""
+    joint_refit: bool
+    """Then move the FFN's gate, up and down projections together, by one Gauss-Newton step towards what the whole FFN
+    gave: better, at two to three times the time.
+    """
     damping: float
     """Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."""
     held_out: float | None

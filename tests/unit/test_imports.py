@@ -75,6 +75,7 @@ HEAVY = {
     "compress.steps.prune.coupled",
     "compress.steps.prune.depth",
     "compress.steps.prune.gradients",
+    "compress.steps.prune.joint",
     "compress.steps.prune.kv",
     "compress.steps.prune.run",
     "compress.steps.prune.scores",

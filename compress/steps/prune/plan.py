@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -116,6 +116,8 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         for name, group in layer.groups.items()
         if each[name] < group.units
     }
+    if options.joint_refit and (wrong := _no_joint(options, family, losing)) is not None:
+        complain("joint_refit", wrong)
     first = ahead(options, before, family, _layer_parameters(before), losing, context, complain)
     loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
@@ -148,6 +150,17 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         predicted_loss=loss,
         tower=tower,
     )
+
+
+def _no_joint(options: PruneOptions, family: Family, losing: Collection[str]) -> str | None:
+    """What is wrong with a joint refit."""
+    if not options.refit:
+        return "a joint refit goes on from the refit, which refit: false leaves out"
+    if "ffn" not in losing:
+        return "no FFN neurons go, so there is nothing to refit jointly"
+    if family.traced:
+        return f"which matrices of a {family.name} are gate, up and down is not described; down alone is refitted"
+    return None
 
 
 def _measured_notes(curves: Curves, loss: float) -> list[str]:
@@ -281,9 +294,13 @@ def _memory(
     vocabulary = 2 * VOCAB_BYTES
     merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
     depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
-    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + max(solver, batch, vocabulary, merging, depth)
-    alive = max(alive, first.memory) + tower.held
-    alive = max(alive, tower.memory)
+    # what the FFN reads and gives, and gate, up and down nine times over: beginning, step, residual, direction, product
+    seen, joint = (
+        (2 * 4 * tokens * sizes.hidden, 9 * 4 * 3 * sizes.ffn * sizes.hidden) if options.joint_refit else (0, 0)
+    )
+    work = max(solver, batch + joint, vocabulary, merging, depth)
+    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + seen + work
+    alive = max(max(alive, first.memory) + tower.held, tower.memory)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
 

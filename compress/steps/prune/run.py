@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -28,13 +30,14 @@ from compress.solve import HeldOut, best_damping, cut_error, damping_vector, ref
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.depth import Depth, find_depth, settled
 from compress.steps.prune.enough import windows_back
+from compress.steps.prune.joint import Seen, activation_of, gated, joint_refit, watching, written
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
-from compress.steps.prune.vision import Seen, cut_tower
+from compress.steps.prune.vision import CutTower, cut_tower
 from compress.steps.prune.weights import TokenWeights, check_tokens, held_share
 from compress.steps.types import Job, Outcome
 from compress.stream import GRADIENTS, WHOLE, Statistic
@@ -44,6 +47,7 @@ from compress.stream.forward import Stream, compute_dtype
 from compress.stream.statistics import Gathered, gathering
 from compress.stream.vision import Sight, show, sight_of, token_positions
 
+FFN = "ffn"  # the group
 PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 
@@ -57,17 +61,17 @@ def run(job: Job) -> Outcome:
     weights = TokenWeights(cast(PruneOptions, job.plan.options), tokens.kinds)
     ids = torch.from_numpy(tokens.ids)
     sight, tensors = sight_of(tokens), (job.pack or job.plan).after.tensors.values()
-    seen = cut_tower(job, sight)
+    tower = cut_tower(job, sight)
     with (
-        seen.reader() as reader,
-        seen.reader(device_of(job.machine)) as streamed,
+        tower.reader() as reader,
+        tower.reader(device_of(job.machine)) as streamed,
         Writer(job.target, tensors, job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
         depth = find_depth(job, streamed, ids)
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
         options = cast(PruneOptions, plan.options)
-        pruner = _Pruner(job, plan, options, depth, weights, sight, seen, reader, streamed, writer)
+        pruner = _Pruner(job, plan, options, depth, weights, sight, tower, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
         if "gram" in pruner.wanted and (said := check_tokens(tokens.kinds, pruner.groups, options.force)):
             job.progress.note(said)
@@ -75,15 +79,15 @@ def run(job: Job) -> Outcome:
         logits = pruner.run(ids, probe_ids)
         writer.config((job.pack or plan).after.config, job.source)
         writer.carry(job.source)
-        document = scores.document(job, plan, options, pruner.chosen, tokens.digest, depth) | seen.document()
-        importance = _saved({**scores.tensors(pruner.chosen), **seen.scores()})
+        document = scores.document(job, plan, options, pruner.chosen, tokens.digest, depth) | tower.document()
+        importance = _saved({**scores.tensors(pruner.chosen), **tower.scores()})
         folder = f"sensitivity/{job.name or job.target.name}"
         writer.file(f"{folder}/importance.safetensors", importance)
         writer.text(f"{folder}/importance.json", json.dumps(document, indent=1) + "\n")
     receipt = {
         "keep": {name: one_or_each([keep[name] for keep in plan.keep]) for name in plan.keep[0]},
         **({} if depth is None else {"layers": depth.document()}),
-        **seen.document(),
+        **tower.document(),
         "removed": plan.removed,
         **_loading(plan),
         **(receipt_of(plan.measured, plan.predicted_loss or 0.0) if plan.measured is not None else {}),
@@ -115,13 +119,13 @@ class _Pruner:
         depth: Depth | None,
         weights: TokenWeights,
         sight: Sight,
-        seen: Seen,
+        tower: CutTower,
         reader: Reader,
         streamed: Reader,
         writer: Writer,
     ) -> None:
         self.job, self.plan, self.options, self.depth = job, plan, options, depth
-        self.weights, self.sight, self.seen = weights, sight, seen
+        self.weights, self.sight, self.tower = weights, sight, tower
         self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
@@ -233,13 +237,13 @@ class _Pruner:
             return
         self.writer.sync()
         tensors = {**scores.tensors(self.chosen), **gradients.tensors(self.gradients), "probe": probe}
-        tensors |= self.seen.state()
+        tensors |= self.tower.state()
         if hidden is not None:
             tensors["hidden"] = hidden
         written = sorted(self.writer.written)
         facts = {"errors": scores.errors(self.chosen), "written": written, "packed": self.packer.state()}
         facts |= {"depth": None if self.depth is None else self.depth.document(), "merged": self.merged}
-        facts |= self.seen.document()
+        facts |= self.tower.document()
         self.job.ledger.save(facts, tensors)
 
     def _layer(self, index: int, place: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -248,7 +252,7 @@ class _Pruner:
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         tensors, groups = original, self.groups[place]
         fed = None if hidden is None else Fed(hidden, self.weights.of(hidden), self.positions)
-        found, held = self._statistics(index, groups, tensors, fed) if fed is not None else ({}, {})
+        found, held, seen_ffn = self._statistics(index, groups, tensors, fed) if fed is not None else ({}, {}, None)
         picked: dict[str, Chosen] = {}
         for group in groups:
             what = f"layer {index} {group.name}"
@@ -264,7 +268,7 @@ class _Pruner:
             kept_columns = columns(keep, group.width)
             reader = f"{group.reader}.weight"
             tensors = cut(tensors, group, keep)
-            error = before = None
+            error = before = alone = None
             damping = held_out = None
             if group.name == "heads" and self.merger is not None:
                 pass  # o_proj is refitted when the KV heads are merged
@@ -273,16 +277,36 @@ class _Pruner:
                 result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
                 error, before = result.error, result.error_before
+                if seen_ffn is not None and group.name == FFN:
+                    inner = hessian[keep][:, keep]
+                    tensors, alone, error = self._joint(group, tensors, result.weight, inner, seen_ffn, damping, what)
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
             ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
-            picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping))
+            picked[group.name] = Chosen(ranked, keep.cpu(), Errors(error, before, held_out, damping, alone))
         self.chosen.append(picked)
         if self.merger is not None:
             stay = picked["heads"].keep if "heads" in picked else None
             tensors, errors = self.merger.merge((index, place), original, tensors, stay, fed, self.orders[place])
             self.merged |= {} if errors is None else {str(index): errors}
         return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
+
+    def _joint(
+        self,
+        group: Group,
+        tensors: dict[str, torch.Tensor],
+        down: torch.Tensor,
+        gram: torch.Tensor,
+        seen: Seen,
+        damping: float,
+        what: str,
+    ) -> tuple[dict[str, torch.Tensor], float, float]:
+        """The layer's cut tensors after the joint refit of its FFN, from the refitted `down` on, and the relative
+        output errors before and after it; gram [k, k]: of what `down` reads."""
+        ffn = replace(gated(tensors, group, len(gram)), down=down)
+        act = activation_of(self.before.text.config)
+        joint = joint_refit(ffn, act, seen, gram, damping, self.streamed.device, what)
+        return written(tensors, group, joint.ffn), joint.error_before, joint.error
 
     def _ranking(self, index: int, group: Group, seen: GroupView) -> Ranking:
         """By the criterion, or as a sensitivity folder has it."""
@@ -300,23 +324,30 @@ class _Pruner:
 
     def _statistics(
         self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], fed: Fed
-    ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut]]:
-        """What is wanted of the readers' inputs, by group; and of the held-out windows, the last ones, their Gram."""
+    ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut], Seen | None]:
+        """What is wanted of the readers' inputs, by group; of the held-out windows, the last ones, their Gram; and what
+        the FFN reads and gives, for a joint refit."""
         if not groups:
-            return {}, {}
+            return {}, {}, None
         gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
         readers = {g.reader: gathered[g.name] for g in groups}
         back = windows_back(self.options, len(fed))
         first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
         kept_back = {g.name: Gathered({"gram"}, g.units, g.width, self.streamed.device) for g in groups if back}
-        with self.before.layer_from(index, tensors) as layer, gathering(layer, readers, fed.weights):
+        ffn = next((g for g in groups if g.name == FFN and self.options.joint_refit), None)
+        seen = None if ffn is None else Seen.room(fed.hidden, fed.weights)
+        with ExitStack() as stack:
+            layer = stack.enter_context(self.before.layer_from(index, tensors))
+            stack.enter_context(gathering(layer, readers, fed.weights))
+            if ffn is not None and seen is not None:
+                stack.enter_context(watching(layer, ffn, seen))
             self.before.advance(layer, first.hidden, keep=False, positions=first.positions)
             if back:
                 with gathering(layer, {g.reader: kept_back[g.name] for g in groups}, last.weights):
                     self.before.advance(layer, last.hidden, keep=False, positions=last.positions)
         share = held_share(fed, back)
         held = {name: HeldOut(each.results()["gram"], share) for name, each in kept_back.items()}
-        return {name: each.results() for name, each in gathered.items()}, held
+        return {name: each.results() for name, each in gathered.items()}, held, seen
 
 
 def _loading(plan: PrunePlan) -> dict[str, Any]:

@@ -18,18 +18,27 @@ from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.types import Job
 
+JOINT = "error_reader_alone"
+
 
 @dataclass(frozen=True)
 class Errors:
     """Relative output errors of one group of one layer on the calibration inputs: as written, and without the refit;
     None when no Gram matrix was taken, because neither criterion nor refit needed one. `error_held_out`: of a refit
     made without the held-out windows, on them, with the `damping` that was best there. `damping` is None without refit.
+    `error_reader_alone`: with the reader refitted, before the joint refit of the whole FFN; only where there was one.
     """
 
     error: float | None
     error_without_refit: float | None
     error_held_out: float | None
     damping: float | None
+    error_reader_alone: float | None = None
+
+    def document(self) -> dict[str, float | None]:
+        """As the receipt has it."""
+        said: dict[str, float | None] = asdict(self)
+        return said if self.error_reader_alone is not None else {k: v for k, v in said.items() if k != JOINT}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def tensors(chosen: Layers) -> dict[str, torch.Tensor]:
 
 def errors(chosen: Layers) -> list[dict[str, Any]]:
     """The errors of every layer, by group."""
-    return [{name: asdict(one.errors) for name, one in groups.items()} for groups in chosen]
+    return [{name: one.errors.document() for name, one in groups.items()} for groups in chosen]
 
 
 def restored(found: Mapping[str, torch.Tensor], said: Sequence[Mapping[str, Any]]) -> list[dict[str, Chosen]]:

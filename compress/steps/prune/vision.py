@@ -8,7 +8,7 @@ what the merger's last matrix reads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ WHAT = "vision merger"
 
 
 @dataclass(frozen=True)
-class Seen:
+class CutTower:
     """A source `folder` with the vision tower that stays: `header` says where the tensors of the blocks lie that do,
     `made` holds those of the merger. depth, ffn: what was chosen and why, None where all stay. tokens: of the images
     that the merger was ranked or refitted on."""
@@ -72,7 +72,7 @@ class Seen:
                 "criterion": self.criterion,
                 "paper": CRITERIA[self.criterion].paper,
                 "image_tokens": self.tokens,
-                "relative_output_error": asdict(self.ffn.errors),
+                "relative_output_error": self.ffn.errors.document(),
             }
         return {"vision": said} if said else {}
 
@@ -92,7 +92,7 @@ class Seen:
 
 
 class _Cut(Reader):
-    """See `Seen.reader`."""
+    """See `CutTower.reader`."""
 
     def __init__(self, folder: Path, header: Header, device: str, made: Mapping[str, torch.Tensor]) -> None:
         super().__init__(folder, header, device)
@@ -109,7 +109,7 @@ class _Cut(Reader):
 
 
 @torch.no_grad()
-def cut_tower(job: Job, sight: Sight) -> Seen:
+def cut_tower(job: Job, sight: Sight) -> CutTower:
     """What the plan leaves of the vision tower, found on the images of the calibration; what an earlier run of the same
     step has found is taken over. The source as it is where all stays.
 
@@ -119,7 +119,7 @@ def cut_tower(job: Job, sight: Sight) -> Seen:
     plan = cast(PrunePlan, job.plan)
     left = plan.tower
     if left.tower is None:
-        return Seen(job.source, plan.before)
+        return CutTower(job.source, plan.before)
     state = None if job.ledger is None else job.ledger.load()
     if state is not None and state.facts.get("vision"):
         return _restored(job, left, state.facts["vision"], state.tensors)
@@ -132,7 +132,7 @@ def cut_tower(job: Job, sight: Sight) -> Seen:
     return found
 
 
-def _found(job: Job, plan: PrunePlan, left: TowerLeft, tower: Tower, images: Images) -> Seen:
+def _found(job: Job, plan: PrunePlan, left: TowerLeft, tower: Tower, images: Images) -> CutTower:
     options = cast(PruneOptions, plan.options)
     narrower = left.ffn < left.whole.ffn
     needs = wanted(plan.criterion, options.refit) if narrower else frozenset[Statistic]()
@@ -154,7 +154,7 @@ def _found(job: Job, plan: PrunePlan, left: TowerLeft, tower: Tower, images: Ima
         ffn, made = _narrowed(job, plan, left, tower, reader, gathered) if narrower else (None, {})
     kept = range(left.depth) if depth is None else depth.kept
     header = _header(plan.before, left, tower, kept)
-    return Seen(job.source, header, made, depth, ffn, plan.criterion, tokens if needs else 0)
+    return CutTower(job.source, header, made, depth, ffn, plan.criterion, tokens if needs else 0)
 
 
 def _tokens(job: Job, images: Images, left: TowerLeft, needs: frozenset[Statistic], options: PruneOptions) -> int:
@@ -271,17 +271,17 @@ def _header(before: Header, left: TowerLeft, tower: Tower, kept: Sequence[int]) 
     return replace(planned, locations={name: before.locations[origin(name)] for name in planned.tensors})
 
 
-def _restored(job: Job, left: TowerLeft, said: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Seen:
-    """What `Seen.document` and `Seen.state` were made from."""
+def _restored(job: Job, left: TowerLeft, said: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> CutTower:
+    """What `CutTower.document` and `CutTower.state` were made from."""
     tower, before = left.tower, job.plan.before
     assert tower is not None
     depth = restored_depth(said["layers"]) if "layers" in said else None
     header = _header(before, left, tower, range(left.depth) if depth is None else depth.kept)
     if "ffn" not in said:
-        return Seen(job.source, header, depth=depth)
+        return CutTower(job.source, header, depth=depth)
     ffn = said["ffn"]
     order, cost, keep = (state[f"{STATE}ffn.{kind}"] for kind in ("order", "cost", "keep"))
     chosen = Chosen(Ranking(order.long(), cost), keep.long(), Errors(**ffn["relative_output_error"]))
     prefix = f"{STATE}{tower.behind}"
     made = {name.removeprefix(STATE): value for name, value in state.items() if name.startswith(prefix)}
-    return Seen(job.source, header, made, depth, chosen, ffn["criterion"], ffn["image_tokens"])
+    return CutTower(job.source, header, made, depth, chosen, ffn["criterion"], ffn["image_tokens"])

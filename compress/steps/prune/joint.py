@@ -1,0 +1,348 @@
+"""The joint refit: gate, up and down projection of a pruned FFN moved together towards what the whole FFN gave.
+
+The refit of solve.py moves down_proj alone, for which the outputs are linear. This goes on from there with one
+Gauss-Newton step over all three matrices (Nocedal & Wright 2006, section 10.3), its linear system solved by a few
+conjugate gradients (algorithm 5.3) under a Kronecker-factored preconditioner (as Martens & Grosse 2015, eq. 9). What is
+minimised, over the calibration tokens t with weights w_t, is
+
+    sum_t w_t |V (act(G x_t) * (U x_t)) - y_t|^2 / sum_t w_t + a ridge towards where each matrix began,
+
+x_t what the FFN reads and y_t what the whole FFN gave for it. All passes are batch by batch: memory is x, y and a few
+copies of the three matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from compress.arch import Group
+from compress.limits import BATCH_TOKENS, JOINT_ITERATIONS
+from compress.solve import factor, working_dtype
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+HALVINGS = 3  # of a step that does not lower the error; after them the FFN stays as it was
+FLOOR = 1e-3  # share of the mean curvature that a neuron has at least, in the preconditioner
+
+
+@dataclass(frozen=True)
+class Gated:
+    """y = down (act(gate x + gate_bias) * (up x + up_bias)): gate, up [k, h], down [d, k] float32, biases [k]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+
+
+def gated(tensors: Mapping[str, torch.Tensor], group: Group, units: int) -> Gated:
+    """The FFN of a layer's tensors, `units` neurons wide, in float32."""
+    places = _places(group, units)
+    gate, up = (tensors[name][rows].float() for name, rows in places if name.endswith(".weight"))
+    biases = [tensors[name][rows].float() for name, rows in places if name.endswith(".bias")]
+    gate_bias, up_bias = biases or (None, None)
+    return Gated(gate, up, tensors[f"{group.reader}.weight"].float(), gate_bias, up_bias)
+
+
+def written(tensors: Mapping[str, torch.Tensor], group: Group, ffn: Gated) -> dict[str, torch.Tensor]:
+    """The layer's tensors with the three matrices of `ffn` in the place of their own, in the dtypes that they have."""
+    reader = f"{group.reader}.weight"
+    new = {**tensors, reader: ffn.down.to(tensors[reader].dtype)}
+    places = [place for place in _places(group, len(ffn.gate)) if place[0].endswith(".weight")]
+    for (name, rows), value in zip(places, (ffn.gate, ffn.up), strict=True):
+        if new[name] is tensors[name]:
+            new[name] = tensors[name].clone()
+        new[name][rows] = value.to(new[name].dtype)
+    return new
+
+
+def _places(group: Group, units: int) -> list[tuple[str, slice]]:
+    """Where gate and up lie, in that order, in a layer that has `units` of the group's neurons: tensor and rows."""
+    cuts = [cut for cut in group.cuts if cut.axis == 0]
+    starts = [cut.offset // group.units * units for cut in cuts]
+    return [(cut.tensor, slice(start, start + units)) for cut, start in zip(cuts, starts, strict=True)]
+
+
+def activation_of(config: Any) -> Activation:
+    """The activation that a stock text config names, between gate and up."""
+    from transformers.activations import ACT2FN
+
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    found: Activation = ACT2FN[name]
+    return found
+
+
+@dataclass(frozen=True)
+class Seen:
+    """x [N, L, h] and y [N, L, d] of an FFN, in the machine's own memory, and the weights [N, L] of the tokens."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    @staticmethod
+    def room(hidden: torch.Tensor, weights: torch.Tensor | None) -> Seen:
+        """Room for what an FFN reads and gives when `hidden` [N, L, h] passes through its layer."""
+        return Seen(torch.empty_like(hidden), torch.empty_like(hidden), weights)
+
+    def total(self) -> float:
+        """The weight of all tokens."""
+        if self.weights is None:
+            return float(self.inputs[..., 0].numel())
+        return float(self.weights.sum(dtype=torch.float64))
+
+    def batches(self, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """x [T, h], y [T, d] and weights [T, 1] of a few windows at a time, on the device."""
+        step = max(1, BATCH_TOKENS // self.inputs.shape[1])
+        for start in range(0, len(self.inputs), step):
+            here = slice(start, start + step)
+            x, y = (part[here].to(device).flatten(0, 1) for part in (self.inputs, self.outputs))
+            weight = None if self.weights is None else self.weights[here].to(device).flatten()[:, None]
+            yield x, y, weight
+
+
+@contextmanager
+def watching(layer: nn.Module, group: Group, seen: Seen) -> Iterator[None]:
+    """While open, what the FFN of `layer` reads, and gives without the bias of its last matrix, goes into `seen`,
+    window after window."""
+    passed = 0
+
+    def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        del module
+        seen.inputs[passed : passed + len(args[0])] = args[0]
+
+    def after(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        nonlocal passed
+        bias = getattr(module, "bias", None)
+        seen.outputs[passed : passed + len(out)] = out if bias is None else out - bias
+        passed += len(out)
+
+    first = _places(group, group.units)[0][0].removesuffix(".weight")
+    handles = [
+        layer.get_submodule(first).register_forward_pre_hook(before),
+        layer.get_submodule(group.reader).register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The FFN that was found; `error_before` and `error`: E|V.. - y|^2 / E|y|^2 of the one given and of this one."""
+
+    ffn: Gated
+    error_before: float
+    error: float
+
+
+Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a change of gate, up and down, or a gradient
+
+
+@torch.no_grad()
+def joint_refit(
+    ffn: Gated, act: Activation, seen: Seen, gram: torch.Tensor, damping: float, device: str, what: str
+) -> Joint:
+    """One Gauss-Newton step from `ffn`, halved while it does not lower the error; in the dtype of `seen`, sums in
+    float32. gram [k, k]: E[h h^T] of what down_proj reads. The ridge of every matrix is `damping` times the mean of its
+    curvature. UserError names the module (`what`) if the statistics are singular even with damping."""
+    problem = _Problem(ffn, act, seen, device)
+    curved = problem.curved(gram, damping)
+    step = _conjugate_gradients(problem, curved, _Preconditioner(curved, gram, damping, what))
+    scale = 1.0
+    for _ in range(HALVINGS):
+        gate, up, down = (own + scale * part for own, part in zip((ffn.gate, ffn.up, ffn.down), step, strict=True))
+        moved = replace(ffn, gate=gate, up=up, down=down)
+        error = _Problem(moved, act, seen, device).error()
+        if error < curved.error:
+            return Joint(moved, curved.error, error)
+        scale /= 2
+    return Joint(ffn, curved.error, curved.error)
+
+
+@dataclass(frozen=True)
+class _Curved:
+    """What is known at the FFN that is given: `gradient`, minus half of the objective's; its relative `error`; `inner`
+    [h, h] = E[x x^T]; `strength` [2, k]: the curvature of a row of gate, of up, over `inner`; `ridges`: of gate, up and
+    down."""
+
+    gradient: Step
+    error: float
+    inner: torch.Tensor
+    strength: torch.Tensor
+    ridges: tuple[torch.Tensor, torch.Tensor, float]
+
+
+class _Problem:
+    """The outputs of one FFN against what is wanted: the error, its gradient, and the Gauss-Newton matrix."""
+
+    def __init__(self, ffn: Gated, act: Activation, seen: Seen, device: str) -> None:
+        self.ffn, self.act, self.seen, self.device = ffn, act, seen, device
+        self.tokens = seen.total() or 1.0
+        dtype = seen.inputs.dtype
+        self._gate, self._up, self._down = (each.to(dtype) for each in (ffn.gate, ffn.up, ffn.down))
+        biases = (ffn.gate_bias, ffn.up_bias)
+        self._biases = [None if each is None else each.to(dtype) for each in biases]
+
+    def _inside(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dh/d(gate x), dh/d(up x) and h [T, k], of the inputs x [T, h]."""
+        g, u = linear(x, self._gate, self._biases[0]), linear(x, self._up, self._biases[1])
+        with torch.enable_grad():
+            g.requires_grad_()
+            s = self.act(g)
+            (slope,) = torch.autograd.grad(s.sum(), g)
+        s = s.detach()
+        return slope.mul_(u), s, s * u
+
+    def error(self) -> float:
+        """E|V h - y|^2 / E|y|^2."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for x, y, weight in self.seen.batches(self.device):
+            g, u = linear(x, self._gate, self._biases[0]), linear(x, self._up, self._biases[1])
+            self._compare(sums, linear(self.act(g) * u, self._down), y, weight)
+        return _share(sums)
+
+    def curved(self, gram: torch.Tensor, damping: float) -> _Curved:
+        """The gradient at the FFN, and the curvatures there; gram and damping as in `joint_refit`."""
+        found, hidden = self._zeros(), self.ffn.gate.shape[1]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        inner = torch.zeros(hidden, hidden, device=self.device)
+        slopes = torch.zeros(2, len(self.ffn.gate), device=self.device)
+        for x, y, weight in self.seen.batches(self.device):
+            by_gate, by_up, h = self._inside(x)
+            left = self._compare(sums, linear(h, self._down), y, weight)
+            self._back(found, _weighted(left, weight).to(x.dtype), x, by_gate, by_up, h)
+            for row, slope in zip(slopes, (by_gate, by_up), strict=True):
+                row += _weighted(slope.float().square(), weight).sum(0)
+            wide = x.float() if weight is None else x.float() * weight.sqrt()
+            inner.addmm_(wide.T, wide)
+        inner /= self.tokens
+        strength = slopes.div_(self.tokens) * self.ffn.down.square().sum(0)
+        gate, up = damping * inner.diagonal().mean() * strength[..., None]
+        ridges = (gate, up, damping * float(gram.diagonal().mean()))
+        return _Curved(self._mean(found), _share(sums), inner, strength, ridges)
+
+    def times(self, step: Step, ridges: tuple[torch.Tensor | float, ...]) -> Step:
+        """The Gauss-Newton matrix, with the ridges, times a step."""
+        found = self._zeros()
+        gate, up, down = (part.to(self._gate.dtype) for part in step)
+        for x, _, weight in self.seen.batches(self.device):
+            by_gate, by_up, h = self._inside(x)
+            inside = (by_gate * linear(x, gate)).addcmul_(by_up, linear(x, up))
+            moved = linear(inside, self._down) + linear(h, down)
+            self._back(found, _weighted(moved, weight).to(x.dtype), x, by_gate, by_up, h)
+        for own, ridge, part in zip(self._mean(found), ridges, step, strict=True):
+            own += ridge * part
+        return found
+
+    def _compare(
+        self, sums: torch.Tensor, out: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """wanted - out [T, d] in float32; adds the square of it, and of what is wanted, to the two sums."""
+        wide = wanted.float()
+        left = wide - out.float()
+        for at, each in enumerate((left, wide)):
+            sums[at] += _weighted(each.square(), weight).sum(dtype=torch.float64)
+        return left
+
+    def _back(
+        self,
+        found: Step,
+        left: torch.Tensor,
+        x: torch.Tensor,
+        by_gate: torch.Tensor,
+        by_up: torch.Tensor,
+        h: torch.Tensor,
+    ) -> None:
+        """Add to `found` what changes of the outputs [T, d] are as changes of the three matrices."""
+        inside = left @ self._down
+        found[0].add_((inside * by_gate).T @ x)
+        found[1].add_((inside * by_up).T @ x)
+        found[2].add_(left.T @ h)
+
+    def _zeros(self) -> Step:
+        gate, up, down = (torch.zeros_like(each) for each in (self.ffn.gate, self.ffn.up, self.ffn.down))
+        return gate, up, down
+
+    def _mean(self, found: Step) -> Step:
+        for each in found:
+            each /= self.tokens
+        return found
+
+
+class _Preconditioner:
+    """The inverse of a block-diagonal stand-in: rows of gate and up as curvature x E[x x^T], down as E[h h^T]."""
+
+    def __init__(self, curved: _Curved, gram: torch.Tensor, damping: float, what: str) -> None:
+        self._outer = _factored(gram, curved.ridges[2], what)
+        self._inner = _factored(curved.inner, damping * float(curved.inner.diagonal().mean()), what)
+        floor = FLOOR * curved.strength.mean(1, keepdim=True)
+        self._rows = (curved.strength + floor).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def __call__(self, left: Step) -> Step:
+        gate, up = (_right(left[i], self._inner) / self._rows[i][:, None] for i in (0, 1))
+        return gate, up, _right(left[2], self._outer)
+
+
+def _factored(gram: torch.Tensor, ridge: float, what: str) -> torch.Tensor:
+    system = gram.to(working_dtype(len(gram)))
+    system = system.clone() if system is gram else system
+    system.diagonal().add_(ridge)
+    return factor(system, what)
+
+
+def _right(left: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """left (L L^T)^-1."""
+    return torch.cholesky_solve(left.to(lower.dtype).T, lower).T.float()
+
+
+def _conjugate_gradients(problem: _Problem, curved: _Curved, precondition: _Preconditioner) -> Step:
+    """The step whose product with the Gauss-Newton matrix is `gradient`, after JOINT_ITERATIONS iterations."""
+    left = curved.gradient
+    gate, up, down = (torch.zeros_like(each) for each in left)
+    found: Step = (gate, up, down)
+    direction = ready = precondition(left)
+    size = _dot(left, ready)
+    for iteration in range(JOINT_ITERATIONS):
+        product = problem.times(direction, curved.ridges)
+        curvature = _dot(direction, product)
+        if not (size > 0 and curvature > 0):
+            break  # nothing is left to gain
+        _add(found, direction, size / curvature)
+        if iteration + 1 == JOINT_ITERATIONS:
+            break
+        _add(left, product, -size / curvature)
+        del product
+        ready = precondition(left)
+        before, size = size, _dot(left, ready)
+        for own, new in zip(direction, ready, strict=True):
+            own.mul_(size / before).add_(new)
+    return found
+
+
+def _add(to: Step, what: Step, times: float) -> None:
+    for own, each in zip(to, what, strict=True):
+        own.add_(each, alpha=times)
+
+
+def _dot(a: Step, b: Step) -> float:
+    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in zip(a, b, strict=True))
+
+
+def _share(sums: torch.Tensor) -> float:
+    off, energy = sums.tolist()
+    return off / energy if energy > 0 else 0.0
+
+
+def _weighted(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Rows [T, n] times the weights [T, 1] of their tokens."""
+    return values if weight is None else values * weight
