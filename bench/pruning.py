@@ -1,11 +1,12 @@
-"""One-shot pruning without training, judged on WikiText-2 and on fiction: our criteria, and peers at the same shapes.
+"""One-shot pruning without training, judged on WikiText-2 and on texts of other kinds: our criteria, and peers at the
+same shapes.
 
     .venv/bin/python bench/pruning.py [--methods wanda obs flap] [--calibrations wikitext self+wikitext] [--limit 1]
 
-At most 128 x 512 calibration tokens; judged by bench/judge.py on 64 windows of wikitext2-test.txt and of a text of
-another kind that nothing is calibrated on. A row is a method, a calibration, a share of the decoder's matrix parameters
-that goes, from the FFN alone or with one query head of every KV group, and a seed of the calibration. Rows on file are
-skipped, so it can be stopped and resumed.
+At most 128 x 512 calibration tokens; judged by bench/judge.py on 64 windows of wikitext2-test.txt and of every text of
+bench/_far_texts.py, which nothing is calibrated on. A row is a method, a calibration, a share of the decoder's matrix
+parameters that goes, from the FFN alone or with one query head of every KV group, and a seed of the calibration. Rows
+on file are skipped, so it can be stopped and resumed; a row that lacks one of the texts is measured again.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _far_texts import FAR_TEXTS, far_texts
 from _peers import FFN_ONLY, PEERS, Task
 from _results import WORK, Results, say
-from _texts import WikiText, quality_options, second_text, wikitext
+from _texts import WikiText, quality_options, wikitext
 from judge import evenly_spaced, judge, load
 
 import compress
@@ -43,16 +45,19 @@ OURS: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in CRITERI
     "minitron": {"criterion": "activation", "refit": False},
     "magnitude-no-refit": {"criterion": "magnitude", "refit": False},
     "wanda-held-out": {"criterion": "wanda", "held_out": 0.125},
+    "wanda-joint": {"criterion": "wanda", "joint_refit": 2},
 }
-# widths that differ by layer, from an analysis of the same calibration: what `sensitivity` is told
-PER_LAYER: dict[str, dict[str, Any]] = {
-    "wanda-per-layer": {"criterion": "wanda"},
-    "obs-per-layer": {"criterion": "obs"},
+# widths that differ by layer, from an analysis of the same calibration: the criterion of it, what else `prune` is told
+PER_LAYER: dict[str, tuple[str, dict[str, Any]]] = {
+    "wanda-per-layer": ("wanda", {}),
+    "wanda-joint-per-layer": ("wanda", {"joint_refit": 2}),
+    "obs-per-layer": ("obs", {}),
 }
 CALIBRATIONS = ("wikitext", "self+wikitext", "self", "builtin")
 RATIOS = (0.20, 0.35, 0.50)
 SHAPES = {"ffn": None, "heads": 0.3334}
 BUILTIN_WINDOWS = 72  # all that the builtin text has
+TEXTS = ("wikitext", *FAR_TEXTS)  # what every row is judged on, in this order
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,14 @@ class Setting:
 
 
 class Bench:
-    """The dense model, the two texts, and how a row is measured."""
+    """The dense model, the texts, and how a row is measured."""
 
-    def __init__(self, setting: Setting, text: WikiText, threads: int) -> None:
+    def __init__(self, setting: Setting, text: WikiText, far: dict[str, str], threads: int) -> None:
         self.setting, self.text = setting, text
         self.folder = locate(setting.model).folder
         self.machine = Machine.detect(threads)
         self.analyses: set[Path] = set()  # made in this process
-        second, far = second_text()
-        read = {"wikitext": text.test.read_text(encoding="utf-8"), second: far}
+        read = {"wikitext": text.test.read_text(encoding="utf-8")} | far
         self.rows = {name: evenly_spaced(self.folder, told, setting.windows) for name, told in read.items()}
         dense = load(self.folder)
         self.dense = {name: judge(dense, rows) for name, rows in self.rows.items()}
@@ -137,12 +141,12 @@ class Bench:
 
     def _measured(self, case: Case, shared: dict[str, Any]) -> dict[str, Any]:
         """The options that take the widths of the layers from an analysis, made once for all ratios."""
-        folder = WORK / f"pruning-sensitivity-{case.method}-{case.calibration}-{case.seed}"
+        criterion, besides = PER_LAYER[case.method]
+        folder = WORK / f"pruning-sensitivity-{criterion}-{case.calibration}-{case.seed}"
         if folder not in self.analyses:
-            options = PER_LAYER[case.method] | {"pictures": False}
-            compress.measure_sensitivity(self.setting.model, folder, **options, **shared)
+            compress.measure_sensitivity(self.setting.model, folder, criterion=criterion, pictures=False, **shared)
             self.analyses.add(folder)
-        return {"from_sensitivity": str(folder), "allocation": "per-layer"}
+        return {"from_sensitivity": str(folder), "allocation": "per-layer"} | besides
 
     def _task(self, case: Case) -> Task:
         options = PruneOptions(ratio=case.ratio, heads=SHAPES[case.shape])
@@ -162,6 +166,12 @@ def wanted(given: argparse.Namespace) -> Iterator[Case]:
             yield Case(method, calibration, shape, ratio, seed)
 
 
+def on_file(results: Results, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was found for this key, if it was judged on all texts: rows of some texts are never mixed with others."""
+    found = results.find(key)
+    return found if found and tuple(found.get("ratio") or found["perplexity"]) == TEXTS else None
+
+
 def show(case: Case, found: Mapping[str, Any]) -> None:
     texts = "  ".join(f"{name} {ratio:8.3f} x" for name, ratio in found["ratio"].items())
     what = f"{case.method:20} {case.calibration:14} {case.shape:6} {case.ratio:.2f} seed {case.seed}"
@@ -170,8 +180,8 @@ def show(case: Case, found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     given = _arguments()
-    text = wikitext(given.data)
-    if text is None:
+    text, far = wikitext(given.data), far_texts()
+    if text is None or far is None:
         return
     torch.set_num_threads(given.threads)
     setting = Setting(given.model, given.samples, given.length, given.windows)
@@ -180,10 +190,10 @@ def main() -> None:
     measured = 0
     for case in wanted(given):
         key = setting.key(case)
-        found = None if given.again else results.find(key)
+        found = None if given.again else on_file(results, key)
         if found is None and measured < given.limit:
-            bench = bench or Bench(setting, text, given.threads)
-            if results.find(setting.key(None)) is None:
+            bench = bench or Bench(setting, text, far, given.threads)
+            if on_file(results, setting.key(None)) is None:
                 results.add(setting.key(None), bench.reference())
             found = bench.row(case)
             results.add(key, found)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from _foundation_sections import foundation, fuzz, kills, peers_quant
 from _markdown import Row, provenance
+from _pruning_sections import pruning, pruning_speed
 from _results import ROOT, options
-from _sections import damping, demo, memory, pruning, pruning_speed, sampling, startup
+from _sections import damping, demo, memory, sampling, startup
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 

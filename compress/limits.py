@@ -9,7 +9,7 @@ PACKERS = 8  # blocks of rows that are packed beside each other, at most
 BEHIND = 4 * 2**20  # bytes that wait to be written while the next are made
 DOUBLE_UP_TO = 4096  # columns; above, float64 costs twice the memory of an H that is the largest thing alive
 TAPE_BYTES = 512 * 2**20  # inputs of all layers, for a backward pass: in memory up to here, above in a file
-JOINT_ITERATIONS = 4  # of conjugate gradients in a joint refit: from there on calibration is learnt by heart
+JOINT_ITERATIONS = 6  # of conjugate gradients in one step of a joint refit
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # what held-out windows choose from, times the mean of the diagonal
 
 

@@ -236,9 +236,9 @@ class PruneKeywords(StepKeywords, total=False):
     """Calibration windows, at most, that the backward pass of taylor, fisher and tp-taylor sees."""
     refit: bool
     """Refit the reading matrix by least squares from the original weights."""
-    joint_refit: bool
-    """Then move the FFN's gate, up and down projections together, by one Gauss-Newton step towards what the whole FFN
-    gave: better, at two to three times the time.
+    joint_refit: int
+    """Gauss-Newton steps, after the refit, that move the FFN's gate, up and down projections together towards what the
+    whole FFN gave; 2 are worth their time, if quality is.
     """
     damping: float
     """Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."""

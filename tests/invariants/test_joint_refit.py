@@ -24,7 +24,7 @@ def errors(out: Path) -> list[dict[str, dict[str, float]]]:
 def test_it_begins_at_the_refit_and_lowers_the_error(family: str, tmp_path: Path) -> None:
     source = getattr(tiny, family)(tmp_path / "source")
     cut = {"keep_ffn": 64}
-    alone, both = prune(source, tmp_path / "a", **cut), prune(source, tmp_path / "b", **cut, joint_refit=True)
+    alone, both = prune(source, tmp_path / "a", **cut), prune(source, tmp_path / "b", **cut, joint_refit=1)
     first = errors(alone)[0]["ffn"], errors(both)[0]["ffn"]
     assert "error_reader_alone" not in first[0]
     # the same number by another way: from the Gram matrix, and from the outputs that the stock layer gave
@@ -40,7 +40,7 @@ def test_it_begins_at_the_refit_and_lowers_the_error(family: str, tmp_path: Path
 
 def test_with_heads_held_out_windows_and_widths_that_differ(tmp_path: Path) -> None:
     source = tiny.llama(tmp_path / "source")
-    cut = {"keep_heads": 4, "keep_ffn": 60, "pin": {"layers.1.mlp": 50}, "joint_refit": True, "held_out": 0.2}
+    cut = {"keep_heads": 4, "keep_ffn": 60, "pin": {"layers.1.mlp": 50}, "joint_refit": 2, "held_out": 0.2}
     out = prune(source, tmp_path / "out", **cut)
     again = prune(source, tmp_path / "again", **cut)
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
@@ -58,10 +58,10 @@ def test_with_heads_held_out_windows_and_widths_that_differ(tmp_path: Path) -> N
 )
 def test_what_it_cannot_do_is_refused(options: dict[str, object], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
-        prune(tiny.llama(tmp_path / "source"), tmp_path / "out", joint_refit=True, **options)
+        prune(tiny.llama(tmp_path / "source"), tmp_path / "out", joint_refit=1, **options)
 
 
 def test_a_family_that_nobody_described_is_refused(tmp_path: Path) -> None:
     source = tiny.undescribed("starcoder2", tmp_path / "source", sliding_window=16)
     with pytest.raises(UserError, match="are gate, up and down is not described"):
-        prune(source, tmp_path / "out", ffn=0.3, joint_refit=True)
+        prune(source, tmp_path / "out", ffn=0.3, joint_refit=1)

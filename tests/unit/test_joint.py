@@ -52,7 +52,8 @@ def gram_of(ffn: Gated, seen: Seen) -> torch.Tensor:
 def test_gradient_and_products_are_those_of_autograd(biases: bool, weighted: bool) -> None:
     ffn, seen = problem(biases, weighted)
     at = _Problem(ffn, act, seen, "cpu")
-    curved = at.curved(gram_of(ffn, seen), 0.01)
+    curved = at.curved()
+    ridges = curved.ridges(0.01, gram_of(ffn, seen))
 
     def outputs(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         return apply(replace(ffn, gate=gate, up=up, down=down), seen.inputs)
@@ -67,20 +68,19 @@ def test_gradient_and_products_are_those_of_autograd(biases: bool, weighted: boo
     assert curved.error == pytest.approx(float((share * left.square()).sum() / (share * seen.outputs.square()).sum()))
     step = tuple(torch.randn(each.shape, generator=torch.Generator().manual_seed(1)) for each in start)
     _, moved = jvp(outputs, start, step)
-    for mine, theirs, ridge, part in zip(
-        at.times(step, curved.ridges), back(share * moved), curved.ridges, step, strict=True
-    ):
+    for mine, theirs, ridge, part in zip(at.times(step, ridges), back(share * moved), ridges, step, strict=True):
         torch.testing.assert_close(mine, theirs + ridge * part, rtol=1e-4, atol=1e-5)
 
 
 def test_enough_iterations_solve_the_linear_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint, "JOINT_ITERATIONS", 400)
     ffn, seen = problem()
-    at = _Problem(ffn, act, seen, "cpu")
-    curved = at.curved(gram_of(ffn, seen), 0.1)
+    at, gram = _Problem(ffn, act, seen, "cpu"), gram_of(ffn, seen)
+    curved = at.curved()
+    ridges = curved.ridges(0.1, gram)
     wanted = [each.clone() for each in curved.gradient]
-    made = joint._Preconditioner(curved, gram_of(ffn, seen), 0.1, "ffn")
-    found = at.times(joint._conjugate_gradients(at, curved, made), curved.ridges)
+    made = joint._Preconditioner(curved, 0.1, joint._factored(gram, float(ridges[2]), "ffn"), "ffn")
+    found = at.times(joint._conjugate_gradients(at, curved.gradient, ridges, made), ridges)
     scale = max(float(each.abs().max()) for each in wanted)
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3 * scale)
@@ -92,7 +92,9 @@ def test_it_lowers_the_error_that_the_refit_of_down_leaves(seed: int) -> None:
     inside = apply(replace(ffn, down=torch.eye(K)), seen.inputs).flatten(0, 1)
     best = torch.linalg.lstsq(inside, seen.outputs.flatten(0, 1)).solution.T
     start = replace(ffn, down=best)
-    found = joint_refit(start, act, seen, gram_of(start, seen), 0.01, "cpu", "layer 0 ffn")
+    found = joint_refit(start, act, seen, gram_of(start, seen), 0.01, 1, "cpu", "layer 0 ffn")
+    more = joint_refit(start, act, seen, gram_of(start, seen), 0.01, 3, "cpu", "layer 0 ffn")
+    assert more.error < found.error and more.error_before == found.error_before
     assert found.error < 0.9 * found.error_before
 
     def measured(at: Gated) -> float:
@@ -105,14 +107,14 @@ def test_it_lowers_the_error_that_the_refit_of_down_leaves(seed: int) -> None:
 def test_a_whole_ffn_and_a_silent_one_stay_as_they_are() -> None:
     ffn, seen = problem()
     exact = Seen(seen.inputs, apply(ffn, seen.inputs), None)
-    found = joint_refit(ffn, act, exact, gram_of(ffn, exact), 0.01, "cpu", "ffn")
+    found = joint_refit(ffn, act, exact, gram_of(ffn, exact), 0.01, 2, "cpu", "ffn")
     assert found.error <= found.error_before < 1e-12
     silent = Seen(seen.inputs, torch.zeros_like(seen.outputs), None)
     zero = replace(ffn, down=torch.zeros_like(ffn.down))
-    assert joint_refit(zero, act, silent, gram_of(ffn, seen), 0.01, "cpu", "ffn").ffn is zero
+    assert joint_refit(zero, act, silent, gram_of(ffn, seen), 0.01, 2, "cpu", "ffn").ffn is zero
 
 
 def test_singular_statistics_name_the_module() -> None:
     ffn, seen = problem()
     with pytest.raises(UserError, match="layer 3 ffn: the activation statistics are singular"):
-        joint_refit(ffn, act, seen, torch.zeros(K, K), 0.01, "cpu", "layer 3 ffn")
+        joint_refit(ffn, act, seen, torch.zeros(K, K), 0.01, 2, "cpu", "layer 3 ffn")

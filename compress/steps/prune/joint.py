@@ -1,9 +1,9 @@
 """The joint refit: gate, up and down projection of a pruned FFN moved together towards what the whole FFN gave.
 
-The refit of solve.py moves down_proj alone, for which the outputs are linear. This goes on from there with one
-Gauss-Newton step over all three matrices (Nocedal & Wright 2006, section 10.3), its linear system solved by a few
-conjugate gradients (algorithm 5.3) under a Kronecker-factored preconditioner (as Martens & Grosse 2015, eq. 9). What is
-minimised, over the calibration tokens t with weights w_t, is
+The refit of solve.py moves down_proj alone, for which the outputs are linear. This goes on from there with Gauss-Newton
+steps over all three matrices (Nocedal & Wright 2006, section 10.3), the linear system of each solved by a few conjugate
+gradients (algorithm 5.3) under a Kronecker-factored preconditioner (as Martens & Grosse 2015, eq. 9). What goes down,
+over the calibration tokens t with weights w_t, is
 
     sum_t w_t |V (act(G x_t) * (U x_t)) - y_t|^2 / sum_t w_t + a ridge towards where each matrix began,
 
@@ -26,6 +26,7 @@ from compress.arch import Group
 from compress.limits import BATCH_TOKENS, JOINT_ITERATIONS
 from compress.solve import factor, working_dtype
 
+Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a change of gate, up and down, or a gradient
 Activation = Callable[[torch.Tensor], torch.Tensor]
 HALVINGS = 3  # of a step that does not lower the error; after them the FFN stays as it was
 FLOOR = 1e-3  # share of the mean curvature that a neuron has at least, in the preconditioner
@@ -40,6 +41,11 @@ class Gated:
     down: torch.Tensor
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
+
+    @property
+    def matrices(self) -> Step:
+        """Gate, up and down."""
+        return self.gate, self.up, self.down
 
 
 def gated(tensors: Mapping[str, torch.Tensor], group: Group, units: int) -> Gated:
@@ -145,41 +151,60 @@ class Joint:
     error: float
 
 
-Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a change of gate, up and down, or a gradient
-
-
 @torch.no_grad()
 def joint_refit(
-    ffn: Gated, act: Activation, seen: Seen, gram: torch.Tensor, damping: float, device: str, what: str
+    ffn: Gated, act: Activation, seen: Seen, gram: torch.Tensor, damping: float, steps: int, device: str, what: str
 ) -> Joint:
-    """One Gauss-Newton step from `ffn`, halved while it does not lower the error; in the dtype of `seen`, sums in
-    float32. gram [k, k]: E[h h^T] of what down_proj reads. The ridge of every matrix is `damping` times the mean of its
-    curvature. UserError names the module (`what`) if the statistics are singular even with damping."""
-    problem = _Problem(ffn, act, seen, device)
-    curved = problem.curved(gram, damping)
-    step = _conjugate_gradients(problem, curved, _Preconditioner(curved, gram, damping, what))
+    """`steps` Gauss-Newton steps from `ffn`, each halved while it does not lower the error; in the dtype of `seen`,
+    sums in float32. gram [k, k]: E[h h^T] of what down_proj reads. The ridge of every matrix is `damping` times the
+    mean of its curvature at the first step. UserError names the module (`what`) if the statistics are singular even
+    with damping."""
+    start, error_before, error = ffn, 0.0, 0.0
+    ridges: Step | None = None
+    for _ in range(steps):
+        problem = _Problem(ffn, act, seen, device)
+        curved = problem.curved()
+        if ridges is None:
+            ridges, error_before = curved.ridges(damping, gram), curved.error
+            outer = _factored(gram, float(ridges[2]), what)
+        for own, ridge, part, began in zip(curved.gradient, ridges, ffn.matrices, start.matrices, strict=True):
+            own -= ridge * (part - began)
+        step = _conjugate_gradients(problem, curved.gradient, ridges, _Preconditioner(curved, damping, outer, what))
+        moved, error = _moved(ffn, step, act, seen, curved.error, device)
+        if moved is ffn:
+            break
+        ffn = moved
+    return Joint(ffn, error_before, error)
+
+
+def _moved(ffn: Gated, step: Step, act: Activation, seen: Seen, error: float, device: str) -> tuple[Gated, float]:
+    """The FFN after the step, or after half or a quarter of it, whichever is the first to lower the `error` that it
+    has, and the error then; the FFN itself, if none does."""
     scale = 1.0
     for _ in range(HALVINGS):
-        gate, up, down = (own + scale * part for own, part in zip((ffn.gate, ffn.up, ffn.down), step, strict=True))
+        gate, up, down = (own + scale * part for own, part in zip(ffn.matrices, step, strict=True))
         moved = replace(ffn, gate=gate, up=up, down=down)
-        error = _Problem(moved, act, seen, device).error()
-        if error < curved.error:
-            return Joint(moved, curved.error, error)
+        found = _Problem(moved, act, seen, device).error()
+        if found < error:
+            return moved, found
         scale /= 2
-    return Joint(ffn, curved.error, curved.error)
+    return ffn, error
 
 
 @dataclass(frozen=True)
 class _Curved:
-    """What is known at the FFN that is given: `gradient`, minus half of the objective's; its relative `error`; `inner`
-    [h, h] = E[x x^T]; `strength` [2, k]: the curvature of a row of gate, of up, over `inner`; `ridges`: of gate, up and
-    down."""
+    """What is known at one FFN: `gradient`, minus half of the squared error's; the relative `error`; `inner` [h, h] =
+    E[x x^T]; `strength` [2, k]: the curvature of a row of gate, of up, over `inner`."""
 
     gradient: Step
     error: float
     inner: torch.Tensor
     strength: torch.Tensor
-    ridges: tuple[torch.Tensor, torch.Tensor, float]
+
+    def ridges(self, damping: float, gram: torch.Tensor) -> Step:
+        """Of gate and up [k, 1], one a row, and of down []."""
+        gate, up = damping * self.inner.diagonal().mean() * self.strength[..., None]
+        return gate, up, damping * gram.diagonal().mean()
 
 
 class _Problem:
@@ -211,8 +236,8 @@ class _Problem:
             self._compare(sums, linear(self.act(g) * u, self._down), y, weight)
         return _share(sums)
 
-    def curved(self, gram: torch.Tensor, damping: float) -> _Curved:
-        """The gradient at the FFN, and the curvatures there; gram and damping as in `joint_refit`."""
+    def curved(self) -> _Curved:
+        """The gradient at the FFN, and the curvatures there."""
         found, hidden = self._zeros(), self.ffn.gate.shape[1]
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         inner = torch.zeros(hidden, hidden, device=self.device)
@@ -227,11 +252,9 @@ class _Problem:
             inner.addmm_(wide.T, wide)
         inner /= self.tokens
         strength = slopes.div_(self.tokens) * self.ffn.down.square().sum(0)
-        gate, up = damping * inner.diagonal().mean() * strength[..., None]
-        ridges = (gate, up, damping * float(gram.diagonal().mean()))
-        return _Curved(self._mean(found), _share(sums), inner, strength, ridges)
+        return _Curved(self._mean(found), _share(sums), inner, strength)
 
-    def times(self, step: Step, ridges: tuple[torch.Tensor | float, ...]) -> Step:
+    def times(self, step: Step, ridges: Step) -> Step:
         """The Gauss-Newton matrix, with the ridges, times a step."""
         found = self._zeros()
         gate, up, down = (part.to(self._gate.dtype) for part in step)
@@ -282,8 +305,8 @@ class _Problem:
 class _Preconditioner:
     """The inverse of a block-diagonal stand-in: rows of gate and up as curvature x E[x x^T], down as E[h h^T]."""
 
-    def __init__(self, curved: _Curved, gram: torch.Tensor, damping: float, what: str) -> None:
-        self._outer = _factored(gram, curved.ridges[2], what)
+    def __init__(self, curved: _Curved, damping: float, outer: torch.Tensor, what: str) -> None:
+        self._outer = outer  # the factor of E[h h^T], damped
         self._inner = _factored(curved.inner, damping * float(curved.inner.diagonal().mean()), what)
         floor = FLOOR * curved.strength.mean(1, keepdim=True)
         self._rows = (curved.strength + floor).clamp_min(torch.finfo(torch.float32).tiny)
@@ -305,15 +328,15 @@ def _right(left: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     return torch.cholesky_solve(left.to(lower.dtype).T, lower).T.float()
 
 
-def _conjugate_gradients(problem: _Problem, curved: _Curved, precondition: _Preconditioner) -> Step:
-    """The step whose product with the Gauss-Newton matrix is `gradient`, after JOINT_ITERATIONS iterations."""
-    left = curved.gradient
+def _conjugate_gradients(problem: _Problem, left: Step, ridges: Step, precondition: _Preconditioner) -> Step:
+    """The step whose product with the Gauss-Newton matrix is `left`, after JOINT_ITERATIONS iterations; `left` becomes
+    what is left of it."""
     gate, up, down = (torch.zeros_like(each) for each in left)
     found: Step = (gate, up, down)
     direction = ready = precondition(left)
     size = _dot(left, ready)
     for iteration in range(JOINT_ITERATIONS):
-        product = problem.times(direction, curved.ridges)
+        product = problem.times(direction, ridges)
         curvature = _dot(direction, product)
         if not (size > 0 and curvature > 0):
             break  # nothing is left to gain

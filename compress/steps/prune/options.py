@@ -242,10 +242,10 @@ class PruneOptions(StepOptions):
         16, description="Calibration windows, at most, that the backward pass of taylor, fisher and tp-taylor sees."
     )
     refit: bool = Field(True, description="Refit the reading matrix by least squares from the original weights.")
-    joint_refit: bool = Field(
-        False,
-        description="Then move the FFN's gate, up and down projections together, by one Gauss-Newton step towards what "
-        "the whole FFN gave: better, at two to three times the time.",
+    joint_refit: Annotated[int, Field(ge=0, le=20)] = Field(
+        0,
+        description="Gauss-Newton steps, after the refit, that move the FFN's gate, up and down projections together "
+        "towards what the whole FFN gave; 2 are worth their time, if quality is.",
     )
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."

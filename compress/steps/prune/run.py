@@ -305,7 +305,8 @@ class _Pruner:
         output errors before and after it; gram [k, k]: of what `down` reads."""
         ffn = replace(gated(tensors, group, len(gram)), down=down)
         act = activation_of(self.before.text.config)
-        joint = joint_refit(ffn, act, seen, gram, damping, self.streamed.device, what)
+        steps, device = self.options.joint_refit, self.streamed.device
+        joint = joint_refit(ffn, act, seen, gram, damping, steps, device, what)
         return written(tensors, group, joint.ffn), joint.error_before, joint.error
 
     def _ranking(self, index: int, group: Group, seen: GroupView) -> Ranking:
