@@ -4,6 +4,7 @@ from __future__ import annotations
 
 BATCH_TOKENS = 2048  # tokens of one forward batch: bounds the activations of a wide FFN
 VOCAB_BYTES = 4 * 2**20  # float32 bytes of the output matrix in memory at once: few enough for a core's cache
+HEAD_TOKENS = 512  # positions whose float32 logits are alive at once: 300 MB where the vocabulary has 150,000
 DEPTH_POSITIONS = 1024  # positions of the calibration at which the inputs of decoder layers are compared, at most
 PACKERS = 8  # blocks of rows that are packed beside each other, at most
 BEHIND = 4 * 2**20  # bytes that wait to be written while the next are made

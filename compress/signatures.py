@@ -202,8 +202,12 @@ class PruneKeywords(StepKeywords, total=False):
     (the least costly go, with their query heads).
     """
     layer_criterion: str
-    """Which layers go: angular (the block whose input and output differ least in angle) or influence (those that change
-    the angle of their input least).
+    """Which layers go: angular (the block whose input and output differ least in angle), influence (those that change
+    the angle of their input least) or loss (those without which, one at a time, the model's loss rises least).
+    """
+    layer_samples: int
+    """Calibration windows, at most, on which layer_criterion loss measures the model without each layer: as much work
+    as layers / 2 forward passes over them.
     """
     params: float | str | None
     """Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or keep_heads leave."""

@@ -6,6 +6,7 @@ are solved in float64; from 4096 columns on in float32, where a factorisation th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,10 @@ ALONE = 512  # columns whose rows of an inverse are made at once
 
 
 def damping_vector(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The ridge [n] added to H's diagonal: `damping` times the mean of the diagonal for every column."""
-    return torch.full_like(hessian.diagonal(), damping * float(hessian.diagonal().mean()))
+    """The ridge [n] added to H's diagonal: `damping` times the mean of the diagonal for every column. One where inputs
+    are all zero: they say nothing, and any ridge leaves the weights as they are."""
+    mean = float(hessian.diagonal().mean())
+    return torch.full_like(hessian.diagonal(), damping * mean if mean else 1.0)
 
 
 def working_dtype(columns: int) -> torch.dtype:
@@ -36,11 +39,18 @@ def factor(matrix: torch.Tensor, what: str) -> torch.Tensor:
         lower, info = torch.linalg.cholesky_ex(matrix.double())
         lower = lower.to(matrix.dtype)
     if int(info):
+        _check_numbers(float(matrix.sum(dtype=torch.float64)), what)
         raise UserError(
             f"{what}: the activation statistics are singular even with damping",
             hint="raise --damping, or use more data",
         )
     return lower
+
+
+def _check_numbers(total: float, what: str) -> None:
+    """UserError for a sum over a module's statistics that is no number: then one of them is none."""
+    if not math.isfinite(total):
+        raise UserError(f"{what}: activations are NaN or infinite")
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ def refit(
     dtype = working_dtype(len(hessian))
     product = weight.to(torch.float32) @ hessian  # C [d, n]
     energy = float((product * weight).sum(dtype=torch.float64))
+    _check_numbers(energy, what)
     kept = weight[:, keep].to(dtype)
     inner = hessian[keep][:, keep].to(dtype)
     before = _error(kept, inner, product[:, keep], energy)
@@ -85,6 +96,7 @@ def refit_to(
     ||V X - Y||^2 / T + ||(V - W) L^(1/2)||^2.  weight [d, n], hessian [n, n], product C [d, n], energy E|y|^2; the
     errors of the result are relative to it.
     """
+    _check_numbers(energy + float(hessian.sum(dtype=torch.float64)), what)
     dtype = working_dtype(len(hessian))
     inner = hessian.to(dtype)
     before = _error(weight.to(dtype), inner, product, energy)

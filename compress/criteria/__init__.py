@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.errors import UserError
-from compress.stream import GRADIENTS, Statistic
+from compress.stream import GRADIENTS, WHOLE, Statistic
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,8 @@ def ranking_of(criterion: Criterion, view: GroupView, damping: float) -> Ranking
 
     ranking = criterion.load()(view, damping)
     if not bool(torch.isfinite(ranking.cost).all()):
-        what = "gradients" if criterion.needs & GRADIENTS else "activations" if criterion.needs else "weights"
+        slopes = criterion.needs & (GRADIENTS | {"tp_taylor"})
+        what = "gradients" if slopes else "activations" if criterion.needs - WHOLE else "weights"
         raise UserError(f"{view.name}: costs by {criterion.name} are NaN or infinite: {what} overflow")
     return ranking
 

@@ -18,8 +18,8 @@ def rank(view: GroupView, damping: float) -> Ranking:
     return ranking_by_score(view.statistics["tp_magnitude"])
 
 
-def importance() -> Any:
+def importance(normalizer: str | None = "mean") -> Any:
     """Torch-Pruning's function of a group."""
     import torch_pruning
 
-    return torch_pruning.importance.GroupMagnitudeImportance()
+    return torch_pruning.importance.GroupMagnitudeImportance(normalizer=normalizer)

@@ -29,7 +29,7 @@ from compress.stream import GRADIENTS, Statistic
 from compress.stream.backward import BLIND, gradients
 from compress.stream.calls import listens
 from compress.stream.fed import Fed
-from compress.stream.forward import Stream, compute_dtype
+from compress.stream.forward import Stream, check_numbers, compute_dtype
 from compress.stream.statistics import Gathered, gathering
 from compress.stream.vision import Sight, show, token_positions
 
@@ -144,6 +144,7 @@ class _Layer:
             flow.watching(layer),
         ):
             self.stream.advance(layer, fed.hidden, positions=fed.positions)
+        check_numbers(fed.hidden, self.index)
         numbered: dict[str, dict[str, float]] = {}
         tensors: Tensors = {}
         for group in self.groups:

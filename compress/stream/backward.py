@@ -24,7 +24,7 @@ from compress.limits import BATCH_TOKENS, vocab_rows
 from compress.machine import Progress, Silent, Task
 from compress.stream import Statistic
 from compress.stream.fed import Fed
-from compress.stream.forward import Stream
+from compress.stream.forward import Stream, check_numbers
 from compress.stream.tape import Tape
 from compress.stream.vision import Sight, show, token_positions
 
@@ -57,7 +57,7 @@ def gradients(
     `scratch`: a folder for the inputs of the layers where they are large; None: they stay in memory. All runs in
     float32, whatever the stream's dtype: in bfloat16, SmolLM2's layers before its massive activations (0 to 10) had
     statistics up to 12 times too small. Raises MachineError where the disk is full, UserError as `Stream`, and for a
-    model that does more with its logits (Family.head_beside).
+    model that does more with its logits (Family.head_beside) or where activations or gradients are no numbers.
     """
     length = ids.shape[1]
     if length < 2:
@@ -79,8 +79,11 @@ def gradients(
             tape.write(index, hidden)
             with stream.layer(index) as layer:
                 stream.advance(layer, hidden, positions=positions)
+            check_numbers(hidden, index)
             task.advance()
         _head(stream, hidden, ids, counted)
+        if not bool(torch.isfinite(hidden).all()):
+            raise UserError("the gradient of the loss is NaN or infinite: the model's logits overflow")
         _backward(stream, tape, Fed(hidden, None, positions), counted.sum(1), groups, wanted, full, found, task)
     return found
 
@@ -112,6 +115,8 @@ def _backward(
             if full is not None:
                 for name, matrix in sums.full(tokens):
                     full(index, name, matrix)
+        if not bool(torch.isfinite(slopes.hidden).all()):
+            raise UserError(f"layer {index}: the gradient of the loss at its input is NaN or infinite")
         tape.forget(index)
         task.advance()
 

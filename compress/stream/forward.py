@@ -49,6 +49,12 @@ def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module, name, nn.Parameter(value, requires_grad=False))
 
 
+def check_numbers(hidden: torch.Tensor, layer: int) -> None:
+    """UserError where hidden states that `layer` gave are NaN or infinite."""
+    if not bool(torch.isfinite(hidden).all()):
+        raise UserError(f"layer {layer}: its output is NaN or infinite: activations overflow")
+
+
 def compute_dtype(stored: str, device: str = "cpu") -> tuple[torch.dtype, str]:
     """The dtype layers run in for a checkpoint stored in `stored`, and why."""
     if stored == "BF16":

@@ -21,7 +21,10 @@ from compress.data import DataSpec, windows
 from compress.errors import UserError
 from compress.limits import DEPTH_POSITIONS
 from compress.machine import Machine
-from compress.steps.prune.options import LAYER_CRITERIA
+from compress.plan import make_plan
+from compress.recipe import Recipe
+from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
+from compress.steps.prune.plan import PrunePlan
 from tests import tiny
 from tests.invariants.test_prune import masked_weights, prune
 from tests.invariants.test_run import contents
@@ -91,13 +94,14 @@ def test_layers_that_do_not_rotate_are_the_same_after_the_cut(written: bool, tmp
 def silence(folder: Path, layers: list[int]) -> None:
     """Make `layers` write nothing into the residual stream."""
     tensors = load_file(folder / "model.safetensors")
+    prefix = family_of(read_header(folder)).prefix
     for index in layers:
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            tensors[f"model.layers.{index}.{name}.weight"].zero_()
+            tensors[f"{prefix(index)}{name}.weight"].zero_()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("criterion", LAYER_CRITERIA)
+@pytest.mark.parametrize("criterion", ["angular", "influence"])
 def test_scores_are_those_of_the_paper(criterion: str, tmp_path: Path) -> None:
     """From the stock model's own layer inputs, in float64, one position at a time."""
     source = tiny.llama(tmp_path / "source", **DEEP)
@@ -128,6 +132,84 @@ def test_scores_are_those_of_the_paper(criterion: str, tmp_path: Path) -> None:
 def cosines(one: torch.Tensor, other: torch.Tensor, positions: range) -> list[float]:
     pairs = [(a[p].double(), b[p].double()) for a, b in zip(one, other, strict=True) for p in positions]
     return [float(a @ b / (a.norm() * b.norm())) for a, b in pairs]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "glm4", "qwen3_vl"])
+def test_the_loss_without_a_layer_is_that_of_the_stock_model_without_it(family: str, tmp_path: Path) -> None:
+    """Layer after layer, the whole stock model again: sliding windows, layers that do not rotate, capped logits, and
+    layers that images enter, which do not go."""
+    sizes = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention", "full_attention"] * 2}
+    sizes |= {"final_logit_softcapping": 2.0}
+    source = getattr(tiny, family)(tmp_path / "source", **(sizes if family == "gemma3_text" else DEEP))
+    layers = read_header(source).text_config["num_hidden_layers"]
+    silence(source, [layers - 2])
+    out = prune(source, tmp_path / "out", keep_layers=3, layer_criterion="loss", layer_samples=4)
+    found = json.loads((out / "sensitivity" / "1-prune" / "importance.json").read_text())["depth"]
+    assert found == compress.load_receipt(out)["steps"][0]["layers"] and "2402.02834" in found["paper"]
+    ids = torch.from_numpy(windows(DATA, "calibration", source, 0).ids)[:4]
+    whole = stock_loss(load(source), ids)
+    rises = [stock_loss(without(load(source), source, [index]), ids) - whole for index in range(layers)]
+    assert found["scores"] == pytest.approx(rises, rel=1e-4, abs=1e-6)
+    assert max(map(abs, rises)) > 0.01 and abs(rises[layers - 2]) < 1e-7
+    first = 2 if family == "qwen3_vl" else 0
+    order = sorted(range(first, layers), key=rises.__getitem__)
+    assert found["gone"] == sorted(order[: layers - 3])
+
+
+@torch.no_grad()
+def stock_loss(model: Any, ids: torch.Tensor) -> float:
+    """Nats a token over all windows, from the stock model's own logits."""
+    log_p = model(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    return -float(log_p.gather(-1, ids[:, 1:, None]).mean())
+
+
+def test_layers_by_loss_are_few_windows_that_the_plan_counts(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "source", **DEEP, dtype=torch.bfloat16)
+    note = "layer_criterion loss: the model without each of 5 layers on {} x 64 tokens (layer_samples): as much work "
+    note += "as 3 forward passes over them, and {} KiB of hidden states"
+    first, second = (deep(source, tmp_path, layer_samples=n) for n in (2, 30))
+    assert note.format(2, "192.0") in first.notes and note.format(20, "1920.0") not in first.notes
+    assert any(each.startswith("layer_criterion loss") and "20 x 64" in each for each in second.notes)  # all there are
+    by_angle = deep(source, tmp_path, layer_criterion="angular")
+    assert not any("layer_criterion" in each for each in by_angle.notes)
+    whole = tiny.llama(tmp_path / "wide", **DEEP, hidden_size=512)
+    much, more = (deep(whole, tmp_path, samples=2000, layer_samples=n).memory for n in (2000, 1000))
+    assert much - more == 1000 * 64 * 512 * 4 * 6 * 5 // 4  # the whole model and five without a layer
+
+
+def deep(source: Path, folder: Path, *, samples: int = 20, **options: Any) -> PrunePlan:
+    """The plan of two layers of the model, chosen by loss."""
+    given = {"keep_layers": 2, "layer_criterion": "loss"} | options
+    data = DataSpec(source="builtin", samples=samples, length=64)
+    recipe = Recipe.single("prune", str(source), PruneOptions(**given), data=data)
+    (step,) = make_plan(recipe, Machine(1), check_machine=False).steps
+    assert isinstance(step, PrunePlan)
+    return step
+
+
+def test_layers_by_loss_from_the_command_line_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny.llama(tmp_path / "source", **DEEP)
+    line = ["prune", str(source), "--keep-layers", "4", "--layer-criterion", "loss", "--layer-samples", "2"]
+    line += ["--samples", "6", "--length", "64", "--threads", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*line, "-o", str(one)]) == 0
+    assert f"decoder layers {gone(one)[0]} go, by loss" in capsys.readouterr().err
+    assert main([*line, "-o", str(two), "-q"]) == 0
+    first, second = ({k: v for k, v in contents(out).items() if k != "measured.json"} for out in (one, two))
+    assert first == second and "by loss (Kim et al. 2024" in first["README.md"].decode()
+
+
+@pytest.mark.parametrize("criterion", LAYER_CRITERIA)
+def test_activations_that_overflow_name_their_layer(criterion: str, tmp_path: Path) -> None:
+    """Layer 2 overflows by itself, so that no weight is at fault: without it the model would be a sound one."""
+    source = tiny.llama(tmp_path / "source", **DEEP)
+    tensors = load_file(source / "model.safetensors")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        tensors[f"model.layers.2.mlp.{name}.weight"].mul_(1e18)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^layer 2: its output is NaN or infinite: activations overflow$"):
+        prune(source, tmp_path / "out", keep_layers=3, layer_criterion=criterion)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_plan_counts_is_what_is_written(tmp_path: Path) -> None:

@@ -218,7 +218,10 @@ def test_what_config_says_of_layers_is_checked(said: object, words: str, tmp_pat
 def test_every_family_is_shown_here_or_refuses(tmp_path: Path) -> None:
     assert {name for name, family in FAMILIES.items() if family.layered} == set(MADE)
     recipe = Recipe.single("prune", str(tiny.glm4v(tmp_path / "m")), PruneOptions(pin=PINNED, flavour="native"))
-    with pytest.raises(UserError, match="layers of a glm4v_native cannot differ in width"):
+    with pytest.raises(UserError, match=r"prune\.pin: layers of a glm4v_native cannot differ in width"):
+        make_plan(recipe, Machine(1), check_machine=False)
+    recipe = Recipe.single("prune", str(tiny.qwen2_5_vl(tmp_path / "q")), PruneOptions(ffn=0.3, protect=["layers.1"]))
+    with pytest.raises(UserError, match=r"prune\.protect: layers of a qwen2_5_vl cannot differ in width"):
         make_plan(recipe, Machine(1), check_machine=False)
 
 

@@ -173,7 +173,11 @@ def test_each_step_is_planned_on_what_the_one_before_leaves(tmp_path: Path) -> N
         ("heads: 0.1", "the shares that can go are 0.3333, 0.6667"),
         ("heads: 0.9", "rounds to 3 of them"),
         ("ratio: 0.01, heads: 0.3334", "steps.0.prune.ratio: the heads alone remove 0.0625; ratio must be at least"),
-        ("ratio: 0.9", "steps.0.prune.ratio: 0.9 would leave no FFN neurons (of 1536, in multiples of 8)"),
+        (
+            "ratio: 0.9",
+            "steps.0.prune.ratio: 0.9 cannot be reached: 8 of 1536 FFN neurons, the fewest, make it 0.7461",
+        ),
+        ("ffn: 0.998", "steps.0.prune.ffn: 0.998 cannot be reached: 8 of 1536 FFN neurons, the fewest, make it 0.9948"),
         ("ffn: 0.001", "steps.0.prune.ffn: 0.001 removes nothing: FFN widths are multiples of 8 below 1536"),
     ],
 )

@@ -13,7 +13,17 @@ import torch
 from compress import solve
 from compress.errors import UserError
 from compress.limits import DAMPINGS
-from compress.solve import Elimination, HeldOut, best_damping, cut_error, damping_vector, factor, greedy_removal, refit
+from compress.solve import (
+    Elimination,
+    HeldOut,
+    best_damping,
+    cut_error,
+    damping_vector,
+    factor,
+    greedy_removal,
+    refit,
+    refit_to,
+)
 
 Array = npt.NDArray[np.float64]
 GREEDY = 1.25  # greedy removal costs at most this much more than the best choice, on the problems below
@@ -237,14 +247,44 @@ def test_an_impossible_cost_refreshes_the_inverse(
 @pytest.mark.parametrize("double_up_to", [4096, 0], ids=["float64", "float32"])
 def test_singular_statistics_are_refused_by_name(double_up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve, "DOUBLE_UP_TO", double_up_to)
-    weight, dead = torch.ones(3, 8), torch.zeros(8, 8)
-    ridge = damping_vector(dead, 0.01)  # inputs that are all zero: nothing to take one percent of
+    weight, twins = torch.ones(3, 8), torch.ones(8, 8)  # columns that are all the same
+    ridge = damping_vector(twins, 1e-30)  # lost beside them
     said = "layer 3 ffn: the activation statistics are singular even with damping"
     with pytest.raises(UserError, match=said) as caught:
-        refit(weight, dead, torch.arange(4), ridge, "layer 3 ffn")
+        refit(weight, twins, torch.arange(4), ridge, "layer 3 ffn")
     assert caught.value.hint is not None and "--damping" in caught.value.hint
     with pytest.raises(UserError, match=said):
-        greedy_removal(weight, dead, ridge, what="layer 3 ffn")
+        greedy_removal(weight, twins, ridge, what="layer 3 ffn")
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("double_up_to", [4096, 0], ids=["float64", "float32"])
+def test_statistics_that_are_no_numbers_are_not_called_singular(
+    double_up_to: int, wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solve, "DOUBLE_UP_TO", double_up_to)
+    problem, said = Problem(8), "layer 3 ffn: activations are NaN or infinite"
+    for place in ((2, 2), (7, 1)):  # one that stays, one that goes
+        hessian = problem.hessian.clone()
+        hessian[place] = wrong
+        with pytest.raises(UserError, match=said):
+            refit(problem.weight, hessian, torch.arange(4), problem.ridge, "layer 3 ffn")
+    hessian = torch.full((8, 8), wrong)
+    with pytest.raises(UserError, match=said):
+        greedy_removal(problem.weight, hessian, damping_vector(hessian, 0.01), what="layer 3 ffn")
+    with pytest.raises(UserError, match=said):
+        refit_to(problem.weight, hessian, torch.ones(6, 8), 1.0, damping_vector(hessian, 0.01), "layer 3 ffn")
+
+
+def test_inputs_that_are_all_zero_leave_the_weights_as_they_are() -> None:
+    problem, keep, dead = Problem(8), torch.tensor([0, 3, 4]), torch.zeros(8, 8)
+    ridge = damping_vector(dead, 0.01)
+    found = refit(problem.weight, dead, keep, ridge)
+    assert torch.equal(found.weight, problem.weight[:, keep]) and found.error == found.error_before == 0
+    removal = greedy_removal(problem.weight, dead, ridge, block=1)
+    assert removal.order.tolist() == problem.weight.square().sum(0).argsort().tolist()
+    assert best_damping(problem.weight, dead, keep, HeldOut(dead, 0.25)) == (DAMPINGS[0], 0)
+    assert torch.equal(refit_to(problem.weight, dead, torch.zeros(6, 8), 0.0, ridge, "module").weight, problem.weight)
 
 
 def test_a_factor_that_fails_in_float32_is_taken_in_float64() -> None:

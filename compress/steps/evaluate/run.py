@@ -20,10 +20,10 @@ from compress.data import DataSpec, windows
 from compress.device import device_errors, device_of
 from compress.errors import MachineError, UserError, size
 from compress.formats import format_of, open_stream
+from compress.limits import HEAD_TOKENS
 from compress.machine import Machine, Progress, Silent
 from compress.stream.forward import Stream, compute_dtype
-
-HEAD_TOKENS = 512  # tokens whose float32 logits are alive at once, for each of the two models
+from compress.stream.loss import log_probabilities
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,16 @@ class Evaluator:
         with self.progress.task("comparing logits", -(-len(mine) // HEAD_TOKENS)) as task:
             for start in range(0, len(mine), HEAD_TOKENS):
                 part = slice(start, start + HEAD_TOKENS)
-                log_p = _log_probabilities(model.stream, mine[part])
+                log_p = log_probabilities(model.stream, mine[part])
                 target = labels[part, None].to(log_p.device)
                 totals["nll"] -= float(log_p.gather(1, target).sum(dtype=torch.float64))
                 if theirs is not None and self.reference is not None:
-                    log_q = _log_probabilities(self.reference.stream, theirs[part])
+                    log_q = log_probabilities(self.reference.stream, theirs[part])
                     totals["reference_nll"] -= float(log_q.gather(1, target).sum(dtype=torch.float64))
                     totals["agree"] += float((log_q.argmax(1) == log_p.argmax(1)).sum())
                     totals["kl"] += float((log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64))
                 task.advance()
         return totals
-
-
-def _log_probabilities(stream: Stream, hidden: torch.Tensor) -> torch.Tensor:
-    return stream.head_logits(hidden[None])[0].log_softmax(-1)
 
 
 def _exp(nats: float) -> float:

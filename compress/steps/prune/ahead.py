@@ -1,5 +1,5 @@
-"""What is done with the whole model before the first layer is cut, as a plan tells it: the backward pass of criteria
-that need gradients, images through the vision tower. Torch-free."""
+"""What is done with the whole model before the first layer is cut, as a plan tells it: the choice of layers by loss,
+the backward pass of criteria that need gradients, images through the vision tower. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.checkpoint.headers import Header
 from compress.criteria import CRITERIA
 from compress.data import DataSpec, expected_tokens, pictures_of
 from compress.errors import MachineError, UserError, size
-from compress.limits import BATCH_TOKENS, TAPE_BYTES, VOCAB_BYTES, vocab_rows
+from compress.limits import BATCH_TOKENS, HEAD_TOKENS, TAPE_BYTES, VOCAB_BYTES, vocab_rows
 from compress.steps.prune.options import PruneOptions
 from compress.steps.types import Complain, PlanContext
 from compress.stream import GRADIENTS, WHOLE
@@ -38,11 +38,29 @@ def ahead(
     context: PlanContext,
     complain: Complain,
 ) -> Ahead:
-    """What `options.criterion` and the images of the calibration take first, one after the other. `layer`: parameters
-    of the largest layer; `cut`: groups that lose units."""
+    """What `options.layer_criterion`, `options.criterion` and the images of the calibration take first, one after the
+    other. `layer`: parameters of the largest layer; `cut`: groups that lose units."""
+    depth = _depth(options, family.sizes(before), layer, context.data["calibration"])
     ranks = _criterion(options, before, family, layer, cut, context, complain)
     shown = _images(options, before, family, context.data["calibration"], complain)
-    return Ahead(max(ranks.memory, shown.memory), ranks.scratch, ranks.notes + shown.notes)
+    memory = max(depth.memory, ranks.memory, shown.memory)
+    return Ahead(memory, ranks.scratch, depth.notes + ranks.notes + shown.notes)
+
+
+def _depth(options: PruneOptions, sizes: Sizes, layer: int, data: DataSpec) -> Ahead:
+    """What the choice of layers by loss takes: hidden states of the model and of it without each layer, one layer, one
+    batch. By the other criteria, less than the pass that follows."""
+    fewer = options.keep_layers is not None and options.keep_layers < sizes.layers
+    if not fewer or options.layer_criterion != "loss":
+        return Ahead()
+    windows = min(options.layer_samples, expected_tokens(data, "calibration") // data.length)
+    states = 4 * (sizes.layers + 1) * windows * data.length * sizes.hidden
+    batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
+    logits = 2 * 4 * HEAD_TOKENS * sizes.vocab + 2 * VOCAB_BYTES  # and their softmax
+    tokens = f"{windows} x {data.length} tokens (layer_samples)"
+    note = f"layer_criterion loss: the model without each of {sizes.layers} layers on {tokens}: as much work as "
+    note += f"{(sizes.layers + 1) / 2:g} forward passes over them, and {size(states)} of hidden states"
+    return Ahead(states + 4 * layer + max(batch, logits), 0, (note,))
 
 
 def _images(options: PruneOptions, before: Header, family: Family, data: DataSpec, complain: Complain) -> Ahead:

@@ -21,6 +21,7 @@ from compress.machine import Progress, return_freed_memory
 from compress.steps.types import Job
 from compress.stream import WHOLE, Statistic
 from compress.stream.backward import Found
+from compress.stream.forward import check_numbers
 from compress.stream.stock import quiet
 
 TRACED = 16  # tokens of the input with which the graph is traced
@@ -34,12 +35,12 @@ def scored(job: Job, ids: torch.Tensor, groups: Sequence[Sequence[Group]], needs
     """
     found: Found = [{} for _ in groups]
     for kind in sorted(needs & WHOLE):
-        importance = import_module(f"compress.criteria.{kind}").importance()
+        importance = import_module(f"compress.criteria.{kind}").importance
         with quiet():
             model = load_stock(job.source, torch.float32)
             model.set_attn_implementation("eager")  # its graph fails under sdpa
         if kind == "tp_taylor":
-            _backward(model, [_prefix(job.family, index) for index, own in enumerate(groups) if own], ids, job.progress)
+            _backward(model, {i: _prefix(job.family, i) for i, own in enumerate(groups) if own}, ids, job.progress)
         graph = _graph(model, ids[:1, :TRACED])
         for index, own in enumerate(groups):
             for group in own:
@@ -50,16 +51,28 @@ def scored(job: Job, ids: torch.Tensor, groups: Sequence[Sequence[Group]], needs
     return found
 
 
-def _backward(model: nn.Module, prefixes: Sequence[str], ids: torch.Tensor, progress: Progress) -> None:
-    """Gradients of the layers' weights: of the windows' mean losses, summed, one window at a time."""
+def _backward(model: nn.Module, prefixes: Mapping[int, str], ids: torch.Tensor, progress: Progress) -> None:
+    """Gradients of the weights of some layers: of the windows' mean losses, summed, one window at a time."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(prefixes)))
+        parameter.requires_grad_(name.startswith(tuple(prefixes.values())))
+    for index, prefix in prefixes.items():
+        model.get_submodule(prefix.rstrip(".")).register_forward_hook(_checking(index))
     with progress.task("gradients", len(ids)) as task:
         for window in ids.split(1):
             with torch.enable_grad():
                 logits = model(input_ids=window, use_cache=False).logits[0, :-1]
                 nn.functional.cross_entropy(logits, window[0, 1:]).backward()
             task.advance()
+
+
+def _checking(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that refuses what decoder layer `layer` gives, where it is no number."""
+
+    def check(module: nn.Module, args: Any, out: Any) -> None:
+        del module, args
+        check_numbers(out if isinstance(out, torch.Tensor) else out[0], layer)
+
+    return check
 
 
 def _graph(model: Any, ids: torch.Tensor) -> Any:
@@ -77,7 +90,7 @@ def _graph(model: Any, ids: torch.Tensor) -> Any:
 
 
 def _score(
-    model: nn.Module, graph: Any, family: Family, layer: int, group: Group, importance: Callable[[Any], torch.Tensor]
+    model: nn.Module, graph: Any, family: Family, layer: int, group: Group, normalized_by: Callable[[str | None], Any]
 ) -> torch.Tensor:
     """The mean importance of every unit's columns [units], once the graph couples to them what the family cuts."""
     import torch_pruning
@@ -98,7 +111,10 @@ def _score(
             f"layer {layer} {group.name}: Torch-Pruning couples other weights than a {family.name} has in this group: "
             "another criterion is needed"
         )
-    found = importance(coupled)
+    found: torch.Tensor = normalized_by("mean")(coupled)
+    if not bool(torch.isfinite(found).all()):  # it divides by the mean of all units
+        plain = normalized_by(None)(coupled)
+        found = found if bool(plain.any()) else plain
     return found.detach().view(group.units, group.width).mean(1).float().cpu()
 
 

@@ -1,13 +1,16 @@
 """Which decoder layers go: one pass through the whole model, in which what goes into and comes out of every layer is
-compared. Memory: the hidden states of all windows and, of one more layer than go, inputs at DEPTH_POSITIONS positions.
+compared, or the model without each layer is run beside the whole one.
+
+Memory: the hidden states of all windows and, of one more layer than go, inputs at DEPTH_POSITIONS positions; by loss,
+the hidden states of the first `layer_samples` windows, once more than there are layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import pi
 from typing import Any, cast
 
 import torch
@@ -24,14 +27,15 @@ from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.types import Job, StepPlan
 from compress.stream.arranged import stock_view
-from compress.stream.forward import Stream, compute_dtype
+from compress.stream.forward import Stream, check_numbers, compute_dtype
+from compress.stream.loss import mean_loss
 from compress.stream.stock import stock_config
 
 
 @dataclass(frozen=True)
 class Depth:
     """Which of the `layers` decoder layers of the source are `kept`, ascending. `scores`, by `criterion`: of each
-    layer, or of each block of as many layers as go, by its first."""
+    layer, or of each block of as many layers as go, by its first; by loss nats a token."""
 
     criterion: str
     layers: int
@@ -70,7 +74,9 @@ def find_depth(job: Job, streamed: Reader, ids: torch.Tensor) -> Depth | None:
         return restored(state.facts["depth"])
     stream = Stream(streamed, job.family, dtype=compute_dtype(plan.before.dtype, streamed.device)[0])
     first = anchored(plan.before.config)
-    kept, scores = METHODS[options.layer_criterion](stream, ids, layers - plan.layers, first, job.progress)
+    # calibration windows are in seeded order: the first ones are as good as any
+    seen = ids[: options.layer_samples] if options.layer_criterion == "loss" else ids
+    kept, scores = METHODS[options.layer_criterion](stream, seen, layers - plan.layers, first, job.progress)
     found = Depth(options.layer_criterion, layers, tuple(kept), tuple(scores))
     job.progress.note(f"decoder layers {_spans(found.document()['gone'])} go, by {found.criterion}")
     if job.ledger is not None and job.ledger.due():
@@ -124,7 +130,7 @@ def _angular(
         inputs.append(hidden[windows][:, positions].float())
         if len(inputs) > gone:
             angle = _cosine(inputs.popleft(), inputs[-1]).clamp(-1, 1).arccos()
-            distances.append(_finite(float(angle.mean()) / pi, len(distances)))
+            distances.append(float(angle.mean()) / math.pi)
 
     def step(layer: nn.Module) -> None:
         stream.advance(layer, hidden)
@@ -132,7 +138,7 @@ def _angular(
 
     hidden = stream.embed(ids)
     see(hidden)
-    _through(stream, progress, step)
+    _through(stream, hidden, progress, step)
     first = min(range(anchor, len(distances)), key=distances.__getitem__)
     return [index for index in range(stream.layers) if not first <= index < first + gone], distances
 
@@ -159,18 +165,64 @@ def _influence(
             stream.advance(layer, hidden)
         finally:
             handle.remove()
-        influence.append(_finite(1 - float(total) / ids.numel(), len(influence)))
+        influence.append(1 - float(total) / ids.numel())
 
-    _through(stream, progress, see)
-    order = sorted(range(anchor, stream.layers), key=influence.__getitem__)
-    return [*range(anchor), *sorted(order[gone:])], influence
+    _through(stream, hidden, progress, see)
+    return _without_the_least(influence, gone, anchor), influence
 
 
-def _through(stream: Stream, progress: Progress, see: Callable[[nn.Module], object]) -> None:
-    with progress.task("comparing layers", stream.layers) as task:
+def _loss(
+    stream: Stream, ids: torch.Tensor, gone: int, anchor: int, progress: Progress
+) -> tuple[list[int], list[float]]:
+    """The `gone` layers of which the model misses each alone the least (Kim et al. 2024, Shortened LLaMA,
+    arXiv:2402.02834: the perplexity criterion, one-shot).
+
+    A layer's score is how much the loss rises, in nats a token, where the identity takes its place. The models without
+    one layer pass through the layers side by side: that without layer i leaves the whole one at layer i, so that every
+    layer is read once and run for as many as have left before it, and for the whole one.
+    """
+    whole, without = stream.embed(ids), list[torch.Tensor]()
+
+    def step(layer: nn.Module) -> None:
+        past = whole.clone()
+        for hidden in (whole, *without):
+            stream.advance(layer, hidden)
+        without.append(past)
+
+    _through(stream, whole, progress, step, "running the model without each layer")
+    losses: list[float] = []
+    with progress.task("losses without each layer", 1 + len(without)) as task:
+        for hidden in (whole, *without):
+            losses.append(mean_loss(stream, stream.norm(hidden), ids))
+            task.advance()
+    if not math.isfinite(losses[0]):
+        raise UserError("the model's loss is NaN or infinite: its logits overflow")
+    rises = [loss - losses[0] for loss in losses[1:]]
+    for index, rise in enumerate(rises):
+        if not math.isfinite(rise):
+            raise UserError(f"layer {index}: without it the loss is NaN or infinite: activations overflow")
+    return _without_the_least(rises, gone, anchor), rises
+
+
+def _without_the_least(scores: Sequence[float], gone: int, anchor: int) -> list[int]:
+    """The layers that stay where the `gone` of least score go, none of the first `anchor` among them."""
+    order = sorted(range(anchor, len(scores)), key=scores.__getitem__)
+    return [*range(anchor), *sorted(order[gone:])]
+
+
+def _through(
+    stream: Stream,
+    hidden: torch.Tensor,
+    progress: Progress,
+    see: Callable[[nn.Module], object],
+    label: str = "comparing layers",
+) -> None:
+    """Call `see`, which passes `hidden` on in place, with every layer. UserError where one gives what is no number."""
+    with progress.task(label, stream.layers) as task:
         for index in range(stream.layers):
             with stream.layer(index) as layer:
                 see(layer)
+            check_numbers(hidden, index)
             task.advance()
 
 
@@ -178,12 +230,6 @@ def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     one, other = one.float(), other.float()
     # their lengths first: the square of a massive activation overflows sooner than the activation
     return (nn.functional.normalize(one, dim=-1) * nn.functional.normalize(other, dim=-1)).sum(-1)
-
-
-def _finite(score: float, layer: int) -> float:
-    if score - score != 0:
-        raise UserError(f"layer {layer}: its input or output is NaN or infinite: activations overflow")
-    return score
 
 
 def _spans(layers: list[int]) -> str:
@@ -201,4 +247,5 @@ def _spans(layers: list[int]) -> str:
 METHODS: Mapping[str, Callable[[Stream, torch.Tensor, int, int, Progress], tuple[list[int], list[float]]]] = {
     "angular": _angular,
     "influence": _influence,
+    "loss": _loss,
 }

@@ -18,6 +18,7 @@ from compress.arch.kv import K_NORM
 from compress.arch.layer import QKV, QKV_FUSED
 from compress.arch.rope import INTERLEAVED, Orders, arranged, rotary_rows
 from compress.checkpoint.headers import Header
+from compress.errors import UserError
 from compress.solve import Refit, damping_vector, refit_to
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream
@@ -240,7 +241,10 @@ class Merger:
             assert fed is not None
             inputs = self._inputs(source, original, fed)
             pairs = rotating_pairs(self.before, self.header, source, tensors.keys())
-            made = aligned_heads(heads, self.keep, inputs[: heads.q.shape[2], : heads.q.shape[2]], pairs)
+            try:
+                made = aligned_heads(heads, self.keep, inputs[: heads.q.shape[2], : heads.q.shape[2]], pairs)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in its stubs
+                raise UserError(f"layer {source}: KV heads cannot be aligned: keys or values overflow") from None
         else:
             made = mean_heads(heads, self.keep)
         new = write_heads(tensors, made)
@@ -269,7 +273,10 @@ class Merger:
                 weights.append(part.weights_on(self.before.device))
                 _until_enough(self.before, layer, part)
             handle.remove()
-        return gram.result()
+        found = gram.result()
+        if not bool(torch.isfinite(found).all()):
+            raise UserError(f"layer {source} {reader}: activations are NaN or infinite")
+        return found
 
     def _refitted(
         self,

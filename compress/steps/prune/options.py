@@ -154,6 +154,7 @@ Count = Annotated[int, Field(gt=0)]
 LAYER_CRITERIA = {  # how decoder layers are chosen: name -> paper; compress/steps/prune/depth.py computes them
     "angular": "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers, arXiv:2403.17887",
     "influence": "Men et al. 2024, ShortGPT: Layers in LLMs are More Redundant Than You Expect, arXiv:2403.03853",
+    "loss": "Kim et al. 2024, Shortened LLaMA: Depth Pruning for Large Language Models, arXiv:2402.02834",
 }
 
 
@@ -199,8 +200,14 @@ class PruneOptions(StepOptions):
     )
     layer_criterion: Annotated[str, *one_of("layer criterion", LAYER_CRITERIA)] = Field(
         "angular",
-        description="Which layers go: angular (the block whose input and output differ least in angle) or influence "
-        "(those that change the angle of their input least).",
+        description="Which layers go: angular (the block whose input and output differ least in angle), influence "
+        "(those that change the angle of their input least) or loss (those without which, one at a time, the model's "
+        "loss rises least).",
+    )
+    layer_samples: Count = Field(
+        8,
+        description="Calibration windows, at most, on which layer_criterion loss measures the model without each "
+        "layer: as much work as layers / 2 forward passes over them.",
     )
     params: Annotated[int | None, *_target(COUNTS, "[kKmMbBtT]?", "9B, 8.93B, 900M or 9.0e9")] = Field(
         None,

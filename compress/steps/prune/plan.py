@@ -23,7 +23,7 @@ from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.choose import choose
 from compress.steps.prune.enough import few_tokens, windows_back
 from compress.steps.prune.measured import KEY, measured, predicted_loss
-from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.options import PER_LAYER, PruneOptions
 from compress.steps.prune.shares import weight_notes
 from compress.steps.prune.tower import WHOLE_TOWER, TowerLeft, tower_left
 from compress.steps.prune.whole import layers_left
@@ -106,7 +106,9 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     cut = _cut(seen, family, layers, keep)
     after = cut.planned(per_layer.marked(rewrite.config(cut.config)), cut.tensors.values())
     if per_layer.is_per_layer(after.config) and not family_of(after).layered:
-        complain("", f"layers of a {family_of(after).name} cannot differ in width; {_NARROW}")
+        given = [key for key in ("pin", "protect") if getattr(options, key) is not None]
+        given += ["allocation"] if options.allocation == PER_LAYER else []
+        complain(given[0] if given else "", f"layers of a {family_of(after).name} cannot differ in width; {_NARROW}")
         return None
     share = decoder.removed(keep) / decoder.matrix_parameters
     parameters, nbytes = measure(keep)

@@ -24,6 +24,7 @@ from compress.checkpoint.writer import Writer
 from compress.criteria import CRITERIA, GroupView, Ranking, ranking_of
 from compress.data import windows
 from compress.device import device_of
+from compress.errors import UserError
 from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
@@ -43,7 +44,7 @@ from compress.steps.types import Job, Outcome
 from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found
 from compress.stream.fed import Fed
-from compress.stream.forward import Stream, compute_dtype
+from compress.stream.forward import Stream, check_numbers, compute_dtype
 from compress.stream.statistics import Gathered, gathering
 from compress.stream.vision import Sight, show, sight_of, token_positions
 
@@ -183,7 +184,10 @@ class _Pruner:
         for name in self.plan.after.tensors:
             if name not in done:
                 self.packer.take(self.reader, name, hold=False)
-        return self.probe.head_logits(self.probe.norm(probe))
+        logits = self.probe.head_logits(self.probe.norm(probe))
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError("what is left of the model gives logits that are NaN or infinite: they overflow")
+        return logits
 
     def _layers(self) -> Sequence[int]:
         """The layers of the source that stay."""
@@ -198,8 +202,10 @@ class _Pruner:
         if hidden is not None and index + 1 < self.plan.layers:
             with self.after.layer_from(index, tensors) as layer:
                 self.after.advance(layer, hidden, positions=self.positions)
+            check_numbers(hidden, self._layers()[index])
         with self.probe.layer(index) as layer:
             self.probe.advance(layer, probe)
+        check_numbers(probe, self._layers()[index])
         self.packer.release()
         self._save(hidden, probe)
 
@@ -260,6 +266,8 @@ class _Pruner:
             for kind, value in self.gradients[index].pop(group.name, {}).items():
                 statistics[kind] = value.to(self.streamed.device)
             hessian = statistics.get("gram")
+            if hessian is not None and not bool(hessian.any()):
+                self.job.progress.note(f"{what}: its inputs are all zero on the calibration text: nothing to refit by")
             seen = view(tensors, group, statistics, what, (self.job.seed, index, *group.name.encode()))
             ranking = self._ranking(index, group, seen)
             keep = select(ranking, group, self.plan.keep[place][group.name], self.dropping.get(group.name, 0))

@@ -249,7 +249,9 @@ def _ffn(
         refuse(key, f"{given} removes nothing: FFN widths are multiples of {multiple} below {sizes.ffn}")
         return None
     if width <= 0:
-        refuse(key, f"{given} would leave no FFN neurons (of {sizes.ffn}, in multiples of {multiple})")
+        gone = decoder.removed(decoder.keeps(heads, lambda layer: multiple)) / decoder.matrix_parameters
+        most = 1 - multiple / sizes.ffn if key == "ffn" else gone
+        refuse(key, f"{given} cannot be reached: {multiple} of {sizes.ffn} FFN neurons, the fewest, make it {most:.4f}")
         return None
     return lambda layer: max(multiple, round((1 - share) * layer.sizes.ffn / multiple) * multiple)
 

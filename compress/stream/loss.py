@@ -1,0 +1,29 @@
+"""What final hidden states say of the tokens that follow: log-probabilities, and the loss of a text.
+
+Logits in float32 over the whole vocabulary are alive for HEAD_TOKENS positions at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compress.limits import HEAD_TOKENS
+from compress.stream.forward import Stream
+
+
+def log_probabilities(stream: Stream, normed: torch.Tensor) -> torch.Tensor:
+    """Of the next token [T, vocab], float32 on the stream's device, for normed hidden states [T, hidden]."""
+    return stream.head_logits(normed[None])[0].log_softmax(-1)
+
+
+@torch.no_grad()
+def mean_loss(stream: Stream, normed: torch.Tensor, ids: torch.Tensor) -> float:
+    """Nats a token: the mean of -log p(next token) over the windows `ids` [N, L], L at least 2, all positions but each
+    window's last. `normed` [N, L, hidden]: the final hidden states, after the last norm."""
+    following, seen = ids[:, 1:].flatten(), normed[:, :-1].flatten(0, 1)
+    total = 0.0
+    for start in range(0, len(seen), HEAD_TOKENS):
+        log_p = log_probabilities(stream, seen[start : start + HEAD_TOKENS])
+        target = following[start : start + HEAD_TOKENS, None].to(log_p.device)
+        total -= float(log_p.gather(1, target).sum(dtype=torch.float64))
+    return total / len(seen)
