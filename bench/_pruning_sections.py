@@ -38,7 +38,8 @@ CALIBRATED = {
     "builtin": "`builtin` (72 windows, all there are)",
 }
 SHAPES = {"ffn": "FFN", "heads": "heads + FFN"}
-# the best row of uniform widths has to stay within, and that of widths by layer where a far text is named: (calibration, ratio) -> (on WikiText-2, on every far text)
+# the best row of uniform widths has to stay within, and where a far text is named that of widths by layer as well:
+# (calibration, ratio) -> (on WikiText-2, on every far text)
 PRUNING_MUST: dict[tuple[str, float], tuple[float, float | None]] = {
     ("wikitext", 0.20): (1.47, None),
     ("wikitext", 0.35): (2.18, None),
@@ -47,15 +48,8 @@ PRUNING_MUST: dict[tuple[str, float], tuple[float, float | None]] = {
 }
 PER_LAYER_MUST = {0.20: 1.44, 0.35: 2.03}  # calibrated on WikiText-2 valid, judged on its test split
 FAR = {0.20: 1.2, 0.35: 1.35}  # any calibration's ratio on any far text, at most this times its ratio on WikiText-2
-CARRIES = (
-    "wanda",
-    "obs",
-    "wanda-held-out",
-    "wanda-joint",
-    "wanda-per-layer",
-    "wanda-joint-per-layer",
-    "obs-per-layer",
-)  # the methods that this is asked of
+BY_LAYER = ("wanda-per-layer", "wanda-joint-per-layer", "obs-per-layer")
+CARRIES = ("wanda", "obs", "wanda-held-out", "wanda-joint", *BY_LAYER)  # the methods that this is asked of
 PRUNING = """\
 One shot, no training; uniform widths but where a row says per-layer. Judged by `bench/judge.py` (stock transformers,
 nothing of this package) on 64 windows of the WikiText-2 test split and of texts of other kinds that nothing is
