@@ -98,6 +98,10 @@ def masked(source: Path, out: Path) -> Any:
     assert not whole.load_state_dict(state, strict=False).unexpected_keys
     about = said(out)
     blocks = whole.get_submodule(f"{VISUAL}.blocks")
+    layers = compress.load_receipt(out)["steps"][0].get("layers", {"gone": []})["gone"]
+    for index in layers:
+        decoder = whole.get_submodule(f"{family_of(read_header(source)).text}.layers")
+        decoder[index].register_forward_hook(lambda module, args, out: args[0])
     assert set(about.get("layers", {"gone": []})["gone"]) <= set(QUIET)
     for index in about.get("layers", {"gone": []})["gone"]:
         blocks[index].register_forward_hook(lambda module, args, out: args[0])
@@ -115,6 +119,7 @@ CUTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "ffn": ("glm4v", {"keep_vision_ffn": 17}, "glm4v"),
     "all": ("glm4v", {**CUT, "keep_ffn": 77, "keep_heads": 6}, "glm46v"),
     "kv": ("glm4v", {**CUT, "keep_kv_heads": 1, "kv_merge": "drop", "layer_criterion": "influence"}, "glm46v"),
+    "layers-of-both": ("glm4v", {**CUT, "keep_layers": 1, "keep_ffn": 77}, "glm4v"),
     "portable": ("glm46v", {**CUT, "keep_heads": 4}, "glm46v"),
     "interleaved": ("glm46v_interleaved", {**CUT, "keep_heads": 6, "keep_ffn": 77}, "glm46v"),
 }
@@ -266,12 +271,13 @@ def left(out: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(out).items() if name not in MOMENT}
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_interrupted_run_goes_on(
     at: int, model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the tower was cut, and after the first decoder layer."""
-    how = ("--keep-vision-layers", "2", "--keep-vision-ffn", "24", "--ffn", "0.3", "--checkpoint-every", "0")
+    """After the tower was cut, after the choice of decoder layers, and after the first of them."""
+    how = ("--keep-vision-layers", "2", "--keep-vision-ffn", "24", "--keep-layers", "1", "--ffn", "0.3")
+    how += ("--checkpoint-every", "0")
     assert main(flags(model, tmp_path / "whole", chats, *how)) == 0
     again = left(tmp_path / "whole")
     assert main(flags(model, tmp_path / "again", chats, *how)) == 0

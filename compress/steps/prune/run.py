@@ -68,7 +68,7 @@ def run(job: Job) -> Outcome:
         tower.reader(device_of(job.machine)) as streamed,
         Writer(job.target, tensors, job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
-        depth = find_depth(job, streamed, ids)
+        depth = find_depth(job, streamed, ids, sight, tower.kept())
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
         options = cast(PruneOptions, plan.options)
@@ -243,13 +243,13 @@ class _Pruner:
             return
         self.writer.sync()
         tensors = {**scores.tensors(self.chosen), **gradients.tensors(self.gradients), "probe": probe}
-        tensors |= self.tower.state()
+        tensors |= self.tower.kept().tensors
         if hidden is not None:
             tensors["hidden"] = hidden
         written = sorted(self.writer.written)
         facts = {"errors": scores.errors(self.chosen), "written": written, "packed": self.packer.state()}
         facts |= {"depth": None if self.depth is None else self.depth.document(), "merged": self.merged}
-        facts |= self.tower.document()
+        facts |= self.tower.kept().facts
         self.job.ledger.save(facts, tensors)
 
     def _layer(self, index: int, place: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from compress.arch.tower import VISION_FFN, Tower
 from compress.checkpoint.headers import Header
+from compress.checkpoint.ledger import State
 from compress.checkpoint.reader import Reader
 from compress.criteria import CRITERIA, Ranking, ranking_of
 from compress.data import processor_of
@@ -86,9 +87,10 @@ class CutTower:
             f"{STATE}ffn.keep": self.ffn.keep.to(torch.int32),
         }
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The tensors of a run's state."""
-        return {**self.scores(), **{f"{STATE}{name}": value for name, value in self.made.items()}}
+    def kept(self) -> State:
+        """For the state of a run."""
+        made = {f"{STATE}{name}": value for name, value in self.made.items()}
+        return State(self.document(), {**self.scores(), **made})
 
 
 class _Cut(Reader):
@@ -128,7 +130,8 @@ def cut_tower(job: Job, sight: Sight) -> CutTower:
         gone = ", ".join(map(str, found.depth.document()["gone"]))
         job.progress.note(f"vision layers {gone} go, by {found.depth.criterion}")
     if job.ledger is not None and job.ledger.due():
-        job.ledger.save(found.document(), found.state())
+        kept = found.kept()
+        job.ledger.save(kept.facts, kept.tensors)
     return found
 
 
@@ -272,7 +275,7 @@ def _header(before: Header, left: TowerLeft, tower: Tower, kept: Sequence[int]) 
 
 
 def _restored(job: Job, left: TowerLeft, said: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> CutTower:
-    """What `CutTower.document` and `CutTower.state` were made from."""
+    """What `CutTower.kept` were made from."""
     tower, before = left.tower, job.plan.before
     assert tower is not None
     depth = restored_depth(said["layers"]) if "layers" in said else None
