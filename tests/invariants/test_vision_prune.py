@@ -251,6 +251,18 @@ def test_the_decoder_sees_what_the_cut_tower_gives(model: Path, chats: Path, tmp
     torch.testing.assert_close(scores["layers.1.ffn.cost"][keep], cost, rtol=1e-3, atol=1e-5)
 
 
+def test_a_ranking_that_was_measured_names_the_criterion(model: Path, chats: Path, tmp_path: Path) -> None:
+    """A sensitivity folder knows the decoder's units alone: the merger's are ranked by the same criterion, anew."""
+    where = ["--data", str(chats), "--samples", "20", "--length", "64", "--threads", "1", "-q", "--no-pictures"]
+    assert main(["sensitivity", str(model), "-o", str(tmp_path / "seen"), "--criterion", "obs", *where]) == 0
+    how = {"keep_vision_ffn": 24, "keep_ffn": 96, "from_sensitivity": str(tmp_path / "seen")}
+    out = prune(model, tmp_path / "out", data(chats), **how)
+    alone = prune(model, tmp_path / "alone", data(chats), keep_vision_ffn=24, criterion="obs")
+    assert said(out) == said(alone) and torch.equal(kept(out), kept(alone))
+    found = compress.load_sensitivity(out)
+    assert len(found.units("ffn")) == 2 * 128
+
+
 @pytest.mark.parametrize("family", ["glm4v", "glm46v", "glm46v_interleaved", "glm4v_native"])
 def test_keeping_all_keeps_the_bytes(family: str, tmp_path: Path) -> None:
     """No image is needed for that."""
@@ -301,8 +313,9 @@ def test_an_interrupted_run_goes_on(
     assert left(tmp_path / "out") == again
 
 
-def test_with_a_fused_quantize_step_the_bytes_are_those_of_both(model: Path, chats: Path, tmp_path: Path) -> None:
+def test_with_a_fused_quantize_step_the_bytes_are_those_of_both(chats: Path, tmp_path: Path) -> None:
     """The vision tower is cut, and not quantized."""
+    model = deep(tiny.glm4v(tmp_path / "model", dtype=torch.bfloat16))
 
     def made(name: str, keep: bool) -> Path:
         recipe = tmp_path / f"{name}.yaml"
@@ -320,7 +333,7 @@ def test_with_a_fused_quantize_step_the_bytes_are_those_of_both(model: Path, cha
     assert fused.keys() == apart.keys()
     assert all(torch.equal(value, apart[name]) for name, value in fused.items())
     seen = {name: value for name, value in fused.items() if name.startswith(VISUAL)}
-    assert seen and {value.dtype for value in seen.values()} == {torch.float32}
+    assert seen and {value.dtype for value in seen.values()} == {torch.bfloat16}
     assert any(value.dtype == torch.int8 for value in fused.values())
     assert seen[f"{MERGER}.down_proj.weight"].shape[1] == 24
 
@@ -423,5 +436,14 @@ def test_too_few_images_are_told_before_a_weight_is_read(
 
     monkeypatch.setattr(vision, "_filled", None)
     spec = data(chats, samples=1)
+    mixed = {str(chats): 1, "builtin": 9}
+    how = {"keep_vision_ffn": 24, "held_out": 0.05, "force": True}
+    with pytest.raises(UserError, match="held_out: the last 1 of 20 windows, held back, have none of the images"):
+        prune(model, tmp_path / "out", data(chats, source=mixed), **how)
+    text = json.dumps({"messages": [{"role": "user", "content": "words " * 8}]}) + "\n"
+    few = chats.parent / "few.jsonl"
+    few.write_text(text * 30 + chats.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="keep_vision_layers: no calibration window shows an image"):
+        prune(model, tmp_path / "out", data(few, samples=2), keep_vision_layers=2)
     with pytest.raises(UserError, match=r"\d+ calibration tokens of images for a Gram matrix of 64 columns"):
         prune(model, tmp_path / "out", spec, keep_vision_ffn=24, keep_ffn=128)

@@ -89,6 +89,8 @@ HEAVY = {
     "compress.stream.calls",
     "compress.stream.fed",
     "compress.stream.forward",
+    "compress.stream.loss",
+    "compress.stream.shown",
     "compress.stream.statistics",
     "compress.stream.stock",
     "compress.trace.family",

@@ -17,10 +17,10 @@ from compress.errors import MachineError, UserError
 from compress.limits import DOUBLE_UP_TO
 from compress.steps.prune.ahead import sight_memory
 from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.widths import TOWER
 from compress.steps.types import Complain, PlanContext
 from compress.stream import GRADIENTS, WHOLE, Statistic
 
-KEYS = ("keep_vision_layers", "keep_vision_ffn")
 VISION_LAYER_CRITERIA = ("angular", "influence")  # vision.py computes them
 SEEN = "give calibration data with images: a .jsonl file of chats (docs/data.md)"
 
@@ -67,7 +67,7 @@ def tower_left(
     before: Header, family: Family, options: PruneOptions, criterion: str, context: PlanContext, complain: Complain
 ) -> TowerLeft | None:
     """What stays of the vision tower; None after a complaint. `criterion`: by which units are ranked."""
-    given = [key for key in KEYS if getattr(options, key) is not None]
+    given = [key for key in TOWER if getattr(options, key) is not None]
     if not given:
         return TowerLeft()
     tower = family.tower
@@ -111,11 +111,11 @@ def _sizes(tower: Tower, sizes: TowerSizes, options: PruneOptions, complain: Com
     """The counts that the options give, complained about where the tower has fewer."""
     wrong = False
     found = []
-    for key, whole, noun in zip(KEYS, (sizes.depth, sizes.ffn), ("vision layers", "neurons"), strict=True):
+    for key, whole, noun in zip(TOWER, (sizes.depth, sizes.ffn), ("vision layers", "neurons"), strict=True):
         keep = getattr(options, key)
         keep = whole if keep is None else keep
         if keep > whole:
-            where = "the vision tower" if key == KEYS[0] else "the FFN of its vision tower's merger"
+            where = "the vision tower" if key == TOWER[0] else "the FFN of its vision tower's merger"
             complain(key, f"{keep} {noun} cannot stay: {where} has {whole}")
             wrong = True
         found.append(keep)
@@ -142,7 +142,7 @@ def _can_be_found(left: TowerLeft, options: PruneOptions, criterion: str, images
         complain(key, message, hint)
         fine = False
 
-    layers, ffn = KEYS
+    layers, ffn = TOWER
     if left.depth < left.whole.depth:
         if options.layer_criterion not in VISION_LAYER_CRITERIA:
             known = " or ".join(VISION_LAYER_CRITERIA)

@@ -31,8 +31,9 @@ from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import cut, select, view
-from compress.steps.prune.tower import KEYS, SEEN, TowerLeft, wanted
+from compress.steps.prune.tower import SEEN, TowerLeft, wanted
 from compress.steps.prune.vision_depth import METHODS
+from compress.steps.prune.widths import TOWER
 from compress.steps.types import Job
 from compress.stream import Statistic
 from compress.stream.forward import Stream, compute_dtype
@@ -165,7 +166,7 @@ def _tokens(job: Job, images: Images, left: TowerLeft, needs: frozenset[Statisti
     are held back are all, or none."""
     if not any(images):
         if needs or left.depth < left.whole.depth:
-            key = KEYS[0] if left.depth < left.whole.depth else KEYS[1]
+            key = TOWER[0] if left.depth < left.whole.depth else TOWER[1]
             raise UserError(f"{key}: no calibration window shows an image", hint=SEEN)
         return 0
     processor = processor_of(job.source)
@@ -175,7 +176,7 @@ def _tokens(job: Job, images: Images, left: TowerLeft, needs: frozenset[Statisti
         back = windows_back(options, len(images))
         if back and not 0 < (held := sum(each[-back:])) < tokens:
             which = "all" if held else "none"
-            said = f"held_out: the {back} windows that are held back have {which} of the images"
+            said = f"held_out: the last {back} of {len(images)} windows, held back, have {which} of the images"
             raise UserError(said, hint="more samples, or another held_out")
         if not options.force and (few := few_tokens(tokens, left.whole.ffn, " of images")) is not None:
             raise few

@@ -19,13 +19,8 @@ WIDE = 2048  # hidden size from which FFN widths are multiples of 256 (GGUF K-qu
 WITHIN = 0.015  # a target is met when the largest reachable size is at most this share below it
 SHARES = ("ratio", "ffn", "heads")
 EXACT = ("keep_ffn", "keep_heads")
-WHOLE = (  # counted beside the shares
-    "keep_layers",
-    "keep_kv_heads",
-    "kv_cache_bytes",
-    "keep_vision_layers",
-    "keep_vision_ffn",
-)
+WHOLE = ("keep_layers", "keep_kv_heads", "kv_cache_bytes")  # counted beside the shares
+TOWER = ("keep_vision_layers", "keep_vision_ffn")  # of the vision tower (tower.py)
 TARGETS = ("params", "bytes")
 WIDTHS = ("ratio", "ffn", "keep_ffn", *TARGETS)  # each says how wide the FFN becomes
 
@@ -129,9 +124,9 @@ def width_multiple(hidden: int) -> int:
 
 def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tuple[Keeps, tuple[str, ...]] | None:
     """The units that stay in every layer, and how a width was chosen; None after a complaint."""
-    given = [key for key in (*SHARES, *EXACT, *WHOLE, *TARGETS) if getattr(options, key) is not None]
+    given = [key for key in (*SHARES, *EXACT, *WHOLE, *TOWER, *TARGETS) if getattr(options, key) is not None]
     if not given and not any(decoder.fixed[at] < own(decoder.layers[at[0]], at[1]) for at in decoder.fixed):
-        complain("", f"nothing to prune: give one of {', '.join((*SHARES, *EXACT, *WHOLE, *TARGETS))}")
+        complain("", f"nothing to prune: give one of {', '.join((*SHARES, *EXACT, *WHOLE, *TOWER, *TARGETS))}")
         return None
     clash = _clash(given)
     if clash is not None:
