@@ -180,7 +180,8 @@ def _tokens(job: Job, images: Images, left: TowerLeft, needs: frozenset[Statisti
             raise UserError(said, hint="more samples, or another held_out")
         if not options.force and (few := few_tokens(tokens, left.whole.ffn, " of images")) is not None:
             raise few
-        job.progress.note(f"{WHAT}: {tokens} tokens of images, {tokens / left.whole.ffn:.1f} per column")
+        poor = " (under 4: the refit will be poor; give more images)" if tokens < 4 * left.whole.ffn else ""
+        job.progress.note(f"{WHAT}: {tokens} tokens of images, {tokens / left.whole.ffn:.1f} per column{poor}")
     return tokens
 
 
