@@ -105,14 +105,30 @@ def _dequantized(base: str) -> list[str]:
 
 
 def _depth(receipt: Mapping[str, Any]) -> list[str]:
-    """Which decoder layers went, and why those."""
+    """Which decoder layers went, what of the vision tower, and why those."""
     told = [
         f"{step['step']} removed the decoder layers {', '.join(map(str, step['layers']['gone']))} of its input's "
         f"{step['layers']['layers']}, counted from 0, by {step['layers']['criterion']} ({step['layers']['paper']})."
         for step in receipt["steps"]
         if "layers" in step
     ]
+    told += [
+        f"{step['step']} cut the vision tower: {'; '.join(_seen(step['vision']))}."
+        for step in receipt["steps"]
+        if "vision" in step
+    ]
     return [*told, ""] if told else []
+
+
+def _seen(vision: Mapping[str, Any]) -> list[str]:
+    """What of a vision tower went, in words."""
+    parts = []
+    if (layers := vision.get("layers")) is not None:
+        gone = ", ".join(map(str, layers["gone"]))
+        parts.append(f"layers {gone} of its {layers['layers']} went, counted from 0, by {layers['criterion']}")
+    if (ffn := vision.get("ffn")) is not None:
+        parts.append(f"{ffn['keep']} of {ffn['units']} FFN neurons of its merger stay, by {ffn['criterion']}")
+    return parts
 
 
 def _quality(receipt: dict[str, Any]) -> list[str]:

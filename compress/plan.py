@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.arch import Family, family_of
+from compress.arch.tower import cut_sizes
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import DTYPE_BYTES, Header, read_header
 from compress.checkpoint.layout import SHARD_BYTES
@@ -76,6 +77,7 @@ class Plan:
             "ffn": [one_or_each([sizes.ffn for sizes in layers]) for layers in (before, after)],
             "heads": [one_or_each([sizes.heads for sizes in layers]) for layers in (before, after)],
             "layers": [len(before), len(after)],
+            **cut_sizes(family_of(step.before).tower, step.before.config, step.after.config),
             "kv_cache_bytes": [_kv_cache(step.before), _kv_cache(step.after)],
             "parameters": step.parameters,
             "bytes": step.nbytes,

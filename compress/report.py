@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.arch import described, family_of
+from compress.arch.tower import cut_sizes
 from compress.card import auto_class
 from compress.checkpoint.per_layer import is_per_layer, span
 from compress.errors import CompressError, size
@@ -203,6 +204,9 @@ def changes(step: StepPlan) -> str:
     keys = {"FFN": "ffn", "heads": "heads", "KV heads": "kv_heads", "layers": "layers"}
     pairs = {name: [[getattr(s, key) for s in side] for side in sides] for name, key in keys.items()}
     shapes = [f"{name} {span(old)} -> {span(new)}" for name, (old, new) in pairs.items() if span(old) != span(new)]
+    seen = cut_sizes(family_of(step.before).tower, step.before.config, step.after.config)
+    names = {"vision_layers": "vision layers", "vision_ffn": "vision FFN"}
+    shapes += [f"{names[key]} {old} -> {new}" for key, (old, new) in seen.items()]
     options = [f"{key} {value}" for key, value in step.options.model_dump(exclude_defaults=True).items()]
     return ", ".join(shapes or options) or "same shapes"
 

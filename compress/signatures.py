@@ -187,6 +187,10 @@ class PruneKeywords(StepKeywords, total=False):
     """Query heads to keep in every layer, exactly."""
     keep_layers: int | None
     """Decoder layers to keep, exactly; ratio and the targets count what goes with the others."""
+    keep_vision_layers: int | None
+    """Blocks of the vision tower to keep, exactly; found on the calibration's images."""
+    keep_vision_ffn: int | None
+    """FFN neurons of the vision tower's merger to keep, exactly; ranked and refitted on images."""
     keep_kv_heads: int | None
     """KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped."""
     kv_cache_bytes: float | str | None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header
 from compress.errors import UserError
+
+if TYPE_CHECKING:
+    from compress.arch.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Family:
     norm: the tensors of the last norm. before: modules of the decoder that run before its first layer, beside the
     embedding. traced: found by compress/trace, and not described.
     vision: module path of the vision tower that images of a calibration go through, named so on disk as well; None:
-    calibrated on text alone.
+    calibrated on text alone. tower: what of it can be cut; None: nothing.
     layered: whether its layers may differ in width: its stock layer class takes a config and an index.
     """
 
@@ -151,6 +154,7 @@ class Family:
     traced: bool = False
     layered: bool = False
     vision: str | None = None
+    tower: Tower | None = None
 
     @property
     def loaders(self) -> tuple[str, ...]:

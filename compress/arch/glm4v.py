@@ -1,4 +1,4 @@
-"""GLM-4.1V (`glm4v`) and its relatives: the text tower is described; the vision tower passes through untouched.
+"""GLM-4.1V (`glm4v`) and its relatives: the text tower is described, and what of the vision tower can be cut.
 
 Four families are one decoder: plain glm4v; glm4v with a head_dim of its own, which only vLLM reads (the flavour
 native); glm46v over glm4v's text class; and glm46v over glm_image_text, whose rotary rows are half-split: what stock
@@ -14,6 +14,7 @@ from typing import Any
 from compress.arch.family import Family, Group, Rewrite, Sizes
 from compress.arch.layer import QKV, SANDWICH, decoder_layer, ffn_fused, query_heads
 from compress.arch.rope import HALF_SPLIT, INTERLEAVED
+from compress.arch.tower import Tower, TowerKeys, TowerSizes
 from compress.checkpoint.per_layer import HEADS, KEY
 
 PORTABLE, NATIVE = "portable", "native"
@@ -104,6 +105,16 @@ NATIVE_LABEL = Rewrite(
     why="flavour native was asked for: vLLM's own glm4v reads head_dim; stock transformers does not load this flavour",
 )
 
+# Heads and FFN width of its blocks follow from hidden_size and out_hidden_size in stock code (Glm4vVisionAttention,
+# Glm4VisionMlp): neither can be cut. `intermediate_size` is the merger's alone.
+GLM4V_TOWER = Tower(
+    path="model.visual",
+    blocks="blocks",
+    merger="merger",
+    keys=TowerKeys(depth="depth", ffn="intermediate_size", width="out_hidden_size"),
+    defaults=TowerSizes(depth=24, ffn=13696, width=4096),
+)
+
 GLM4V = Family(
     name="glm4v",
     model_type="glm4v",
@@ -116,6 +127,7 @@ GLM4V = Family(
     refuse=_derived_head_dim,
     skip=("lm_head", "model.visual"),
     vision="model.visual",
+    tower=GLM4V_TOWER,
     layered=True,
     unlike=lambda config: "head_dim" if _reads_head_dim(config) else None,
     rewrites=(PORTABLE_LABEL, NATIVE_LABEL),
@@ -152,6 +164,7 @@ GLM46V = replace(
     rope=HALF_SPLIT,
     refuse=lambda sizes, config: None,
     unlike=_text_class("glm_image_text"),
+    tower=replace(GLM4V_TOWER, kind="glm4v_vision"),
     rewrites=(),
     vllm="the Transformers backend",
 )

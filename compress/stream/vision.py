@@ -5,7 +5,8 @@ The tower is filled once, sees the images window by window, and is emptied befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,21 +66,41 @@ def show(stream: Stream, hidden: torch.Tensor, ids: torch.Tensor, images: Images
     """
     if not any(images):
         return
+    processor, places = processor_of(stream.reader.folder), _marks(stream, ids)
+    runs = [_runs(places[row], window, processor) for row, window in enumerate(images)]
+    with filled(stream):
+        for (row, index), features in looked_at(stream, images, progress):
+            hidden[row, runs[row][index]] = features.to(hidden.device, hidden.dtype)
+
+
+def looked_at(
+    stream: Stream, images: Images, progress: Progress, label: str = "images through the vision tower"
+) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+    """Every image in its turn: its window and its place among that window's, and what the tower, `filled`, makes of it
+    [tokens, hidden]."""
     outer: Any = _outer(stream)
-    tower, processor = _filled(stream), processor_of(stream.reader.folder)
-    places = _marks(stream, ids)
-    with progress.task("images through the vision tower", sum(map(len, images))) as task:
+    processor = processor_of(stream.reader.folder)
+    with progress.task(label, sum(map(len, images))) as task:
         for row, window in enumerate(images):
-            for part, where in zip(window, _runs(places[row], window, processor), strict=True):
+            for index, part in enumerate(window):
                 pixels, grids = processor.pixels([part])
                 if tuple(grids[0]) != processor.grid_of(part):
                     raise AssertionError(f"{part.path}: planned as {processor.grid_of(part)}, cut into {grids[0]}")
                 seen = torch.from_numpy(pixels).to(stream.device, stream.dtype)
                 features = outer.get_image_features(seen, image_grid_thw=torch.from_numpy(grids).to(stream.device))
-                hidden[row, where] = torch.cat(tuple(features.pooler_output)).to(hidden.device, hidden.dtype)
+                yield (row, index), torch.cat(tuple(features.pooler_output))
                 task.advance()
-    empty(tower)
-    return_freed_memory()
+
+
+@contextmanager
+def filled(stream: Stream) -> Iterator[nn.Module]:
+    """The vision tower with its weights; emptied again on exit."""
+    tower = _filled(stream)
+    try:
+        yield tower
+    finally:
+        empty(tower)
+        return_freed_memory()
 
 
 def _runs(marks: torch.Tensor, window: Sequence[Picture], processor: Processor) -> list[torch.Tensor]:

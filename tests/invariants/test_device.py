@@ -68,6 +68,17 @@ def test_whole_layers_and_kv_heads(criterion: str, tmp_path: Path, main: Main) -
     assert names and all(weights[0][name].allclose(weights[1][name], rtol=1e-3, atol=1e-4) for name in names)
 
 
+def test_the_vision_tower(tmp_path: Path, main: Main) -> None:
+    model, chats = sight.can_see(tiny.glm4v(tmp_path / "model")), sight.chats(tmp_path / "data", count=40)
+    work = ["prune", str(model), "--keep-vision-layers", "1", "--keep-vision-ffn", "24", "--criterion", "obs"]
+    work += ["--data", str(chats), "--samples", "20", "--length", "64", "--threads", "1", "--held-out", "0.3", "-o"]
+    code, said, products = on_gpu(*work, str(tmp_path / "gpu"))
+    assert code == 0 and products > 20, said
+    assert main(*work, str(tmp_path / "cpu"), "-q", "--device", "cpu")[0] == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("gpu", "cpu")]
+    assert all(value.allclose(weights[0][key], rtol=1e-3, atol=1e-4) for key, value in weights[1].items())
+
+
 def test_images(tmp_path: Path, main: Main) -> None:
     model, chats = sight.can_see(tiny.glm4v(tmp_path / "model")), sight.chats(tmp_path / "data")
     work = ["prune", str(model), *CUT, "--data", str(chats), "--samples", "5", "--length", "64", "--threads", "1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,15 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from compress.cli import main
-from compress.data import DataSpec, windows
+from compress.data import IMAGE, PADDING, DataSpec, windows
+from compress.data.tokens import Tokens
 from compress.errors import UserError
+from compress.limits import DEPTH_POSITIONS
 from compress.machine import Machine
 from compress.plan import make_plan
 from compress.receipt import load_receipt
 from compress.recipe import Recipe
 from compress.run import run
 from compress.steps.distill.options import DistillOptions
-from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
 from tests import sight, tiny
 from tests.faults.test_resume import interrupt
 from tests.invariants.test_run import MOMENT, contents
@@ -89,6 +92,46 @@ def test_pruning_with_images_ends_and_reloads(
     kinds = {"padding", "image", "prompt", "answer"} if "token_shares" in options else {"padding", "image", "text"}
     assert receipt["calibration"]["kinds"].keys() == kinds
     assert sum(receipt["calibration"]["kinds"].values()) == receipt["calibration"]["tokens"] == 5 * 64
+
+
+@pytest.mark.parametrize("criterion", LAYER_CRITERIA)
+def test_layers_are_chosen_by_what_the_stock_model_makes_of_images(criterion: str, chats: Path, tmp_path: Path) -> None:
+    """Padding does not count, neither it nor images are predicted."""
+    model = sight.can_see(tiny.glm4v(tmp_path / "model", num_hidden_layers=4))
+    out = prune(model, tmp_path / "out", data(chats), keep_layers=3, layer_criterion=criterion)
+    tokens = windows(data(chats), "calibration", model, 0, images=True)
+    assert tokens.kinds is not None and (tokens.kinds == 0).any()
+    real = torch.from_numpy(tokens.kinds != 0)
+    states, cosine = stock_states(model, tokens), torch.nn.functional.cosine_similarity
+    pairs = [(before[real], after[real]) for before, after in itertools.pairwise(states)]
+    if criterion == "influence":
+        expected = [1 - float(cosine(*pair, dim=-1).mean()) for pair in pairs]
+    elif criterion == "angular":
+        length = real.sum(1, keepdim=True)
+        each = min(DEPTH_POSITIONS // len(real), 64 // 2)
+        at = torch.arange(len(real))[:, None], length - 1 - length // 2 * torch.arange(each) // each
+        assert real[at].all()
+        angles = [cosine(before[at], after[at], dim=-1).arccos() for before, after in itertools.pairwise(states)]
+        expected = [float(angle.mean()) / torch.pi for angle in angles]
+    else:
+        expected = [stock_loss(model, tokens, layer) - stock_loss(model, tokens, None) for layer in range(4)]
+    about = load_receipt(out)["steps"][0]["layers"]
+    assert about["scores"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert about["gone"] == [expected.index(min(expected))]
+
+
+def stock_loss(model: Path, tokens: Tokens, without: int | None) -> float:
+    """Nats a token of the stock model with images, with the identity in the place of one layer."""
+    assert tokens.kinds is not None
+    stock = load(model)
+    if without is not None:
+        layer = stock.get_submodule(f"model.language_model.layers.{without}")
+        layer.register_forward_hook(lambda module, args, out: args[0])
+    with torch.no_grad():
+        said = stock(**sight.stock_inputs(model, tokens), use_cache=False).logits[:, :-1].log_softmax(-1)
+    ids, kinds = torch.from_numpy(tokens.ids), torch.from_numpy(tokens.kinds)
+    told = (kinds != PADDING) & (kinds != IMAGE)
+    return -float(said.gather(-1, ids[:, 1:, None])[..., 0][told[:, 1:]].mean())
 
 
 def test_images_stand_beside_other_sources(model: Path, chats: Path, tmp_path: Path) -> None:
@@ -172,7 +215,6 @@ def test_what_does_not_take_images_says_so(model: Path, chats: Path, tmp_path: P
     assert "a window is of whole documents" in refusal(model, data(chats, samples=11))
     assert "tokens, and a window is 8" in refusal(model, data(chats, length=8))
     assert "tp-taylor takes text alone" in refusal(model, data(chats), PruneOptions(ffn=0.3, criterion="tp-taylor"))
-    assert "layers are chosen on text alone" in refusal(model, data(chats), PruneOptions(keep_layers=1))
     assert "images are for the calibration of prune" in refusal(model, data(chats), DistillOptions(), "distill")
     other = tiny.qwen2_5_vl(tmp_path / "qwen")
     shutil.copyfile(model / "chat_template.jinja", other / "chat_template.jinja")

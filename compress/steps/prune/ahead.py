@@ -71,11 +71,8 @@ def _images(options: PruneOptions, before: Header, family: Family, data: DataSpe
         return Ahead()  # what is wrong with the data is told where data are checked
     if not images or family.vision is None:
         return Ahead()
-    sizes = family.sizes(before)
     if CRITERIA[options.criterion].needs & WHOLE and options.from_sensitivity is None:
         complain("criterion", f"{options.criterion} takes text alone, and the calibration data have images")
-    if options.keep_layers is not None and options.keep_layers < sizes.layers:
-        complain("keep_layers", "layers are chosen on text alone, and the calibration data have images")
     note = f"images in the calibration data: {len(images)}; windows of them are filled up with padding of no weight"
     return Ahead(sight_memory(before, family, data), 0, (note,))
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header
+from compress.checkpoint.ledger import State
 from compress.checkpoint.per_layer import anchored
 from compress.checkpoint.reader import Reader
 from compress.errors import UserError
@@ -27,9 +28,12 @@ from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.types import Job, StepPlan
 from compress.stream.arranged import stock_view
+from compress.stream.calls import listens
 from compress.stream.forward import Stream, check_numbers, compute_dtype
 from compress.stream.loss import mean_loss
+from compress.stream.shown import Shown
 from compress.stream.stock import stock_config
+from compress.stream.vision import Sight
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ def restored(said: Mapping[str, Any]) -> Depth:
     return Depth(said["criterion"], said["layers"], tuple(said["kept"]), tuple(said["scores"]))
 
 
-def find_depth(job: Job, streamed: Reader, ids: torch.Tensor) -> Depth | None:
-    """What the plan leaves to be found: the layers that stay; None when all do. `ids` [N, L]: the calibration.
+def find_depth(job: Job, streamed: Reader, ids: torch.Tensor, sight: Sight, beside: State) -> Depth | None:
+    """What the plan leaves to be found: the layers that stay; None when all do. `ids` [N, L]: the calibration, with the
+    images that `sight` tells. `beside`: what was found before, and is kept with it.
 
     What an earlier run of the same step has found is taken over. UserError where activations are NaN or infinite.
     """
@@ -75,12 +80,13 @@ def find_depth(job: Job, streamed: Reader, ids: torch.Tensor) -> Depth | None:
     stream = Stream(streamed, job.family, dtype=compute_dtype(plan.before.dtype, streamed.device)[0])
     first = anchored(plan.before.config)
     # calibration windows are in seeded order: the first ones are as good as any
-    seen = ids[: options.layer_samples] if options.layer_criterion == "loss" else ids
-    kept, scores = METHODS[options.layer_criterion](stream, seen, layers - plan.layers, first, job.progress)
+    count = options.layer_samples if options.layer_criterion == "loss" else len(ids)
+    shown = Shown(stream, ids[:count], sight.first(count))
+    kept, scores = METHODS[options.layer_criterion](shown, layers - plan.layers, first, job.progress)
     found = Depth(options.layer_criterion, layers, tuple(kept), tuple(scores))
     job.progress.note(f"decoder layers {_spans(found.document()['gone'])} go, by {found.criterion}")
     if job.ledger is not None and job.ledger.due():
-        job.ledger.save({"depth": found.document()}, {})
+        job.ledger.save({"depth": found.document(), **beside.facts}, beside.tensors)
     return found
 
 
@@ -110,90 +116,93 @@ def _told(job: Job) -> Header:
     return replace(header, config=family.with_units(header.config, missing))
 
 
-def _angular(
-    stream: Stream, ids: torch.Tensor, gone: int, anchor: int, progress: Progress
-) -> tuple[list[int], list[float]]:
+def _angular(shown: Shown, gone: int, anchor: int, progress: Progress) -> tuple[list[int], list[float]]:
     """The block of `gone` layers whose input and output are the closest (Gromov et al. 2024, arXiv:2403.17887).
 
     Eq. 3-4: d(l) = arccos(x_l . x_{l+n} / |x_l| |x_{l+n}|) / pi, and the block with the least d goes. The paper takes
     the last token of every example; here each window gives as many positions as fit in DEPTH_POSITIONS, evenly spaced
-    over its later half, the last among them: tokens that have seen much, of which a calibration has more.
+    over the later half of what is no padding, the last among them: tokens that have seen much, of which a calibration
+    has more.
     """
-    length = ids.shape[1]
-    each = max(1, min(DEPTH_POSITIONS // len(ids), length // 2))
-    positions = length - 1 - (length // 2) * torch.arange(each) // each
-    windows = torch.arange(min(len(ids), DEPTH_POSITIONS))
+    each = max(1, min(DEPTH_POSITIONS // len(shown.ids), shown.ids.shape[1] // 2))
+    lengths = shown.lengths[: min(len(shown.ids), DEPTH_POSITIONS), None]
+    positions = lengths - 1 - (lengths // 2) * torch.arange(each) // each  # [windows, each]
+    windows = torch.arange(len(lengths))[:, None]
     inputs: deque[torch.Tensor] = deque()
     distances: list[float] = []
 
     def see(hidden: torch.Tensor) -> None:
-        inputs.append(hidden[windows][:, positions].float())
+        inputs.append(hidden[windows, positions].float())
         if len(inputs) > gone:
             angle = _cosine(inputs.popleft(), inputs[-1]).clamp(-1, 1).arccos()
             distances.append(float(angle.mean()) / math.pi)
 
     def step(layer: nn.Module) -> None:
-        stream.advance(layer, hidden)
+        shown.advance(layer, hidden)
         see(hidden)
 
-    hidden = stream.embed(ids)
+    hidden = shown.begin(progress)
     see(hidden)
-    _through(stream, hidden, progress, step)
+    _through(shown, hidden, progress, step)
     first = min(range(anchor, len(distances)), key=distances.__getitem__)
-    return [index for index in range(stream.layers) if not first <= index < first + gone], distances
+    return [index for index in range(shown.stream.layers) if not first <= index < first + gone], distances
 
 
-def _influence(
-    stream: Stream, ids: torch.Tensor, gone: int, anchor: int, progress: Progress
-) -> tuple[list[int], list[float]]:
+def _influence(shown: Shown, gone: int, anchor: int, progress: Progress) -> tuple[list[int], list[float]]:
     """The `gone` layers of least Block Influence (Men et al. 2024, ShortGPT, arXiv:2403.03853, eq. 1).
 
-    BI = 1 - E[x . y / |x| |y|] over all positions, x what goes into a layer and y what comes out.
+    BI = 1 - E[x . y / |x| |y|] over all positions but padding, x what goes into a layer and y what comes out.
     """
     influence: list[float] = []
-    hidden = stream.embed(ids)
+    hidden, tokens = shown.begin(progress), int(shown.lengths.sum())
 
     def see(layer: nn.Module) -> None:
-        total = torch.zeros((), dtype=torch.float64, device=stream.device)
+        total = torch.zeros((), dtype=torch.float64, device=shown.stream.device)
+        passed = 0
 
         def compare(module: nn.Module, given: tuple[torch.Tensor, ...], out: Any) -> None:
-            del module
-            total.add_(_cosine(given[0], out if isinstance(out, torch.Tensor) else out[0]).sum(dtype=torch.float64))
+            nonlocal passed
+            if listens(module):
+                return
+            same = _cosine(given[0], out if isinstance(out, torch.Tensor) else out[0])
+            if shown.real is not None:
+                same = same * shown.real[passed : passed + len(same)].to(same.device)
+            passed += len(same)
+            total.add_(same.sum(dtype=torch.float64))
 
         handle = layer.register_forward_hook(compare)
         try:
-            stream.advance(layer, hidden)
+            shown.advance(layer, hidden)
         finally:
             handle.remove()
-        influence.append(1 - float(total) / ids.numel())
+        influence.append(1 - float(total) / tokens)
 
-    _through(stream, hidden, progress, see)
+    _through(shown, hidden, progress, see)
     return _without_the_least(influence, gone, anchor), influence
 
 
-def _loss(
-    stream: Stream, ids: torch.Tensor, gone: int, anchor: int, progress: Progress
-) -> tuple[list[int], list[float]]:
+def _loss(shown: Shown, gone: int, anchor: int, progress: Progress) -> tuple[list[int], list[float]]:
     """The `gone` layers of which the model misses each alone the least (Kim et al. 2024, Shortened LLaMA,
     arXiv:2402.02834: the perplexity criterion, one-shot).
 
     A layer's score is how much the loss rises, in nats a token, where the identity takes its place. The models without
     one layer pass through the layers side by side: that without layer i leaves the whole one at layer i, so that every
-    layer is read once and run for as many as have left before it, and for the whole one.
+    layer is read once and run for as many as have left before it, and for the whole one. Images are seen, and neither
+    they nor padding are predicted.
     """
-    whole, without = stream.embed(ids), list[torch.Tensor]()
+    whole, without = shown.begin(progress), list[torch.Tensor]()
 
     def step(layer: nn.Module) -> None:
         past = whole.clone()
         for hidden in (whole, *without):
-            stream.advance(layer, hidden)
+            shown.advance(layer, hidden)
         without.append(past)
 
-    _through(stream, whole, progress, step, "running the model without each layer")
+    _through(shown, whole, progress, step, "running the model without each layer")
     losses: list[float] = []
     with progress.task("losses without each layer", 1 + len(without)) as task:
         for hidden in (whole, *without):
-            losses.append(mean_loss(stream, stream.norm(hidden), ids))
+            losses.append(mean_loss(shown.stream, shown.stream.norm(hidden), shown.ids, shown.sight.counted))
             task.advance()
     if not math.isfinite(losses[0]):
         raise UserError("the model's loss is NaN or infinite: its logits overflow")
@@ -211,16 +220,16 @@ def _without_the_least(scores: Sequence[float], gone: int, anchor: int) -> list[
 
 
 def _through(
-    stream: Stream,
+    shown: Shown,
     hidden: torch.Tensor,
     progress: Progress,
     see: Callable[[nn.Module], object],
     label: str = "comparing layers",
 ) -> None:
     """Call `see`, which passes `hidden` on in place, with every layer. UserError where one gives what is no number."""
-    with progress.task(label, stream.layers) as task:
-        for index in range(stream.layers):
-            with stream.layer(index) as layer:
+    with progress.task(label, shown.stream.layers) as task:
+        for index in range(shown.stream.layers):
+            with shown.stream.layer(index) as layer:
                 see(layer)
             check_numbers(hidden, index)
             task.advance()
@@ -243,8 +252,8 @@ def _spans(layers: list[int]) -> str:
     return ", ".join("-".join(map(str, span)) for span in spans)
 
 
-# (stream, ids, how many layers go, how many of the first stay, progress) -> layers that stay, scores
-METHODS: Mapping[str, Callable[[Stream, torch.Tensor, int, int, Progress], tuple[list[int], list[float]]]] = {
+# (windows, how many layers go, how many of the first stay, progress) -> layers that stay, scores
+METHODS: Mapping[str, Callable[[Shown, int, int, Progress], tuple[list[int], list[float]]]] = {
     "angular": _angular,
     "influence": _influence,
     "loss": _loss,

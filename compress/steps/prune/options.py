@@ -178,6 +178,12 @@ class PruneOptions(StepOptions):
     keep_layers: Count | None = Field(
         None, description="Decoder layers to keep, exactly; ratio and the targets count what goes with the others."
     )
+    keep_vision_layers: Count | None = Field(
+        None, description="Blocks of the vision tower to keep, exactly; found on the calibration's images."
+    )
+    keep_vision_ffn: Count | None = Field(
+        None, description="FFN neurons of the vision tower's merger to keep, exactly; ranked and refitted on images."
+    )
     keep_kv_heads: Count | None = Field(
         None,
         description="KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped.",

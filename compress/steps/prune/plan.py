@@ -25,6 +25,7 @@ from compress.steps.prune.enough import few_tokens, windows_back
 from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PER_LAYER, PruneOptions
 from compress.steps.prune.shares import weight_notes
+from compress.steps.prune.tower import WHOLE_TOWER, TowerLeft, tower_left
 from compress.steps.prune.whole import layers_left
 from compress.steps.prune.widths import Decoder, Keeps, Layer, own
 from compress.steps.types import Complain, PlanContext, StepPlan
@@ -38,12 +39,13 @@ class PrunePlan(StepPlan):
     step runs, and until then `after` stands for any of them: where some go, all are alike. `removed`: share of the
     decoder layers' attention + FFN matrix parameters that goes. The families of `before` and `after` may differ
     (Family.rewrites). `measured`: where the ranking comes from, when a sensitivity folder is named; `predicted_loss`:
-    what its curves say, nats a token."""
+    what its curves say, nats a token. `tower`: what stays of the vision tower."""
 
     keep: Keeps
     removed: float
     measured: Curves | None = None
     predicted_loss: float | None = None
+    tower: TowerLeft = WHOLE_TOWER
 
     @property
     def criterion(self) -> str:
@@ -69,7 +71,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     layers, kv = left.layers, left.kv
 
     def measure(keep: Keeps) -> tuple[int, int]:
-        cut = _cut(before, family, layers, keep)
+        cut = _cut(seen, family, layers, keep)
         return PLAIN.parameters(cut, family), files_bytes(cut.tensors.values(), context.shard_bytes)
 
     curves = None
@@ -77,11 +79,16 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         curves = measured(before, layers, options, complain)
         if curves is None:
             return None
+    ranked = options.criterion if curves is None else curves.criterion
+    tower = tower_left(before, family, options, ranked, context, complain)
+    if tower is None:
+        return None
+    seen = tower.cut(before)
     by_hand = fixed_by_hand(options, layers, complain)
     if by_hand is None:
         return None
     gone = sum(layer.matrix_parameters for layer in whole[len(layers) :])
-    decoder = Decoder(layers, measure, by_hand.units, kv, gone)
+    decoder = Decoder(layers, measure, by_hand.units, kv, gone, tower.gone(before))
     sizes = family.sizes(before)
 
     def loadable(heads: int) -> bool:
@@ -96,7 +103,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     if label is None:
         return None
     rewrite, why = label
-    cut = _cut(before, family, layers, keep)
+    cut = _cut(seen, family, layers, keep)
     after = cut.planned(per_layer.marked(rewrite.config(cut.config)), cut.tensors.values())
     if per_layer.is_per_layer(after.config) and not family_of(after).layered:
         given = [key for key in ("pin", "protect") if getattr(options, key) is not None]
@@ -122,14 +129,15 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         after=after,
         parameters=parameters,
         nbytes=nbytes,
-        memory=_memory(sizes, options, context, before, len(layers), first),
+        memory=_memory(sizes, options, context, before, len(layers), first, tower),
         # hidden states, and the next before the last ones go
-        scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch),
+        scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch) + 2 * tower.held,
         notes=(
             f"{share:.2%} of the decoder layers' matrix parameters go",
             *by_hand.notes,
             *chosen,
             *left.notes,
+            *tower.notes,
             *_label_notes(family, after, why),
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *first.notes,
@@ -142,6 +150,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         removed=share,
         measured=curves,
         predicted_loss=loss,
+        tower=tower,
     )
 
 
@@ -265,11 +274,17 @@ def _layer_parameters(before: Header) -> int:
 
 
 def _memory(
-    sizes: Sizes, options: PruneOptions, context: PlanContext, before: Header, layers: int, first: Ahead
+    sizes: Sizes,
+    options: PruneOptions,
+    context: PlanContext,
+    before: Header,
+    layers: int,
+    first: Ahead,
+    tower: TowerLeft,
 ) -> int:
     """Peak bytes: hidden states, a layer before and after in float32, Grams, the solver's matrices, one batch; what
-    merging KV heads takes of the layer's input; what the choice of layers holds of their inputs. Or what is done
-    `first`."""
+    merging KV heads takes of the layer's input; what the choice of layers holds of their inputs; what was made of the
+    vision tower. Or what is done `first`, that one among it."""
     data = context.data["calibration"]
     tokens = _tokens(context)
     layer = _layer_parameters(before)
@@ -287,7 +302,7 @@ def _memory(
     )
     work = max(solver, batch + joint, vocabulary, merging, depth)
     alive = 4 * tokens * sizes.hidden + 10 * layer + gram + seen + work
-    alive = max(alive, first.memory)
+    alive = max(max(alive, first.memory) + tower.held, tower.memory)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
 

@@ -38,6 +38,7 @@ from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
+from compress.steps.prune.vision import CutTower, cut_tower
 from compress.steps.prune.weights import TokenWeights, check_tokens, held_share
 from compress.steps.types import Job, Outcome
 from compress.stream import GRADIENTS, WHOLE, Statistic
@@ -60,17 +61,18 @@ def run(job: Job) -> Outcome:
     job.progress.note(tokens.note)
     weights = TokenWeights(cast(PruneOptions, job.plan.options), tokens.kinds)
     ids = torch.from_numpy(tokens.ids)
-    before, tensors = job.plan.before, (job.pack or job.plan).after.tensors.values()
+    sight, tensors = sight_of(tokens), (job.pack or job.plan).after.tensors.values()
+    tower = cut_tower(job, sight)
     with (
-        Reader(job.source, before) as reader,
-        Reader(job.source, before, device_of(job.machine)) as streamed,
+        tower.reader() as reader,
+        tower.reader(device_of(job.machine)) as streamed,
         Writer(job.target, tensors, job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
-        depth = find_depth(job, streamed, ids)
+        depth = find_depth(job, streamed, ids, sight, tower.kept())
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
         options = cast(PruneOptions, plan.options)
-        pruner = _Pruner(job, plan, options, depth, weights, sight_of(tokens), reader, streamed, writer)
+        pruner = _Pruner(job, plan, options, depth, weights, sight, tower, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
         if "gram" in pruner.wanted and (said := check_tokens(tokens.kinds, pruner.groups, options.force)):
             job.progress.note(said)
@@ -78,14 +80,15 @@ def run(job: Job) -> Outcome:
         logits = pruner.run(ids, probe_ids)
         writer.config((job.pack or plan).after.config, job.source)
         writer.carry(job.source)
-        document = scores.document(job, plan, options, pruner.chosen, tokens.digest, depth)
-        importance = _saved(scores.tensors(pruner.chosen))
+        document = scores.document(job, plan, options, pruner.chosen, tokens.digest, depth) | tower.document()
+        importance = _saved({**scores.tensors(pruner.chosen), **tower.scores()})
         folder = f"sensitivity/{job.name or job.target.name}"
         writer.file(f"{folder}/importance.safetensors", importance)
         writer.text(f"{folder}/importance.json", json.dumps(document, indent=1) + "\n")
     receipt = {
         "keep": {name: one_or_each([keep[name] for keep in plan.keep]) for name in plan.keep[0]},
         **({} if depth is None else {"layers": depth.document()}),
+        **tower.document(),
         "removed": plan.removed,
         **_loading(plan),
         **(receipt_of(plan.measured, plan.predicted_loss or 0.0) if plan.measured is not None else {}),
@@ -117,12 +120,13 @@ class _Pruner:
         depth: Depth | None,
         weights: TokenWeights,
         sight: Sight,
+        tower: CutTower,
         reader: Reader,
         streamed: Reader,
         writer: Writer,
     ) -> None:
         self.job, self.plan, self.options, self.depth = job, plan, options, depth
-        self.weights, self.sight = weights, sight
+        self.weights, self.sight, self.tower = weights, sight, tower
         self.reader, self.streamed, self.writer = reader, streamed, writer
         self.criterion = CRITERIA[plan.criterion]
         family, made = job.family, family_of(plan.after)
@@ -239,11 +243,13 @@ class _Pruner:
             return
         self.writer.sync()
         tensors = {**scores.tensors(self.chosen), **gradients.tensors(self.gradients), "probe": probe}
+        tensors |= self.tower.kept().tensors
         if hidden is not None:
             tensors["hidden"] = hidden
         written = sorted(self.writer.written)
         facts = {"errors": scores.errors(self.chosen), "written": written, "packed": self.packer.state()}
         facts |= {"depth": None if self.depth is None else self.depth.document(), "merged": self.merged}
+        facts |= self.tower.kept().facts
         self.job.ledger.save(facts, tensors)
 
     def _layer(self, index: int, place: int, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:

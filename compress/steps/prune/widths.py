@@ -20,6 +20,7 @@ WITHIN = 0.015  # a target is met when the largest reachable size is at most thi
 SHARES = ("ratio", "ffn", "heads")
 EXACT = ("keep_ffn", "keep_heads")
 WHOLE = ("keep_layers", "keep_kv_heads", "kv_cache_bytes")  # counted beside the shares
+TOWER = ("keep_vision_layers", "keep_vision_ffn")  # of the vision tower (tower.py)
 TARGETS = ("params", "bytes")
 WIDTHS = ("ratio", "ffn", "keep_ffn", *TARGETS)  # each says how wide the FFN becomes
 
@@ -53,13 +54,15 @@ class Layer:
 class Decoder:
     """What is cut, layer by layer, and `measure`: what would be left of the whole model, parameters and bytes of its
     weight files. `fixed`: the units that must stay in a (layer, group), by hand; `kv`: the KV heads that stay, where
-    they are a group; `gone`: matrix parameters of the layers that go as a whole, which are not among `layers`."""
+    they are a group; `gone`: matrix parameters of the layers that go as a whole, which are not among `layers`;
+    `beside`: parameters that go from the vision tower, as `measure` knows."""
 
     layers: tuple[Layer, ...]
     measure: Callable[[Keeps], tuple[int, int]]
     fixed: Mapping[tuple[int, str], int] = field(default_factory=dict)
     kv: Mapping[str, int] = field(default_factory=dict)
     gone: int = 0
+    beside: int = 0
 
     @cached_property
     def matrix_parameters(self) -> int:
@@ -121,9 +124,9 @@ def width_multiple(hidden: int) -> int:
 
 def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tuple[Keeps, tuple[str, ...]] | None:
     """The units that stay in every layer, and how a width was chosen; None after a complaint."""
-    given = [key for key in (*SHARES, *EXACT, *WHOLE, *TARGETS) if getattr(options, key) is not None]
+    given = [key for key in (*SHARES, *EXACT, *WHOLE, *TOWER, *TARGETS) if getattr(options, key) is not None]
     if not given and not any(decoder.fixed[at] < own(decoder.layers[at[0]], at[1]) for at in decoder.fixed):
-        complain("", f"nothing to prune: give one of {', '.join((*SHARES, *EXACT, *WHOLE, *TARGETS))}")
+        complain("", f"nothing to prune: give one of {', '.join((*SHARES, *EXACT, *WHOLE, *TOWER, *TARGETS))}")
         return None
     clash = _clash(given)
     if clash is not None:
@@ -294,7 +297,7 @@ def _to_target(
         return None
     width = widths[at]
     keeps = decoder.keeps(heads, lambda layer: width)
-    if not decoder.removed(keeps):
+    if not decoder.removed(keeps) and not decoder.beside:
         refuse(key, f"{limit:,} removes nothing: the model stays within it as it is ({told(width)})")
         return None
     around = [told(near) for near in (*widths[max(at - 1, 0) : at], *widths[at + 1 : at + 2])]
