@@ -17,7 +17,7 @@ from _foundation_sections import foundation, fuzz, kills, peers_quant
 from _markdown import Row, provenance
 from _pruning_sections import ablation, kv_merging, pruning, pruning_speed
 from _results import ROOT, options
-from _sections import damping, demo, memory, sampling, startup
+from _sections import damping, demo, memory, multiple_choice, sampling, startup
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 
@@ -51,6 +51,7 @@ def render(folder: Path) -> str:
         ("Pruning quality on WikiText-2", "pruning", pruning),
         ("What each part of pruning gives", "pruning", ablation),
         ("KV heads merged", "kv_merging", kv_merging),
+        ("Multiple choice", "multiple_choice", multiple_choice),
         ("Pruning speed", "pruning_speed", pruning_speed),
         ("Damping", "damping", damping),
         ("Memory", "memory", memory),

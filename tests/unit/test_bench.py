@@ -117,3 +117,20 @@ def test_seeds_are_shown_with_their_spread_and_no_far_text_is_left_out() -> None
     assert carried.endswith("| 1.000 | 1.000 | 1.000 | 1.191 |")
     # a row of fewer texts is in a table of its own
     assert pruning([row(0, dict.fromkeys(texts, 1.0)), row(1, {"wikitext": 1.0})]).count("Dense perplexity") == 2
+
+
+def test_questions_that_are_none_are_named_by_line(tmp_path: Path) -> None:
+    from multiple_choice import questions
+
+    file = tmp_path / "asked.jsonl"
+    asked = '{"question": "1 + 1?", "choices": ["one", "two"], "answer": %s'
+    good = asked % '"two"}'
+    file.write_text(f"{good}\n\n{asked % '0}'}\n")
+    assert [each["answer"] for each in questions(file)] == [1, 0]
+    for wrong in ("2}", "-1}", "true}", '"three"}', "null}", '"two"'):
+        file.write_text(f"{good}\n{asked % wrong}\n")
+        with pytest.raises(SystemExit, match="line 2: question, choices and answer are wanted"):
+            questions(file)
+    file.write_text("\n")
+    with pytest.raises(SystemExit, match="no question in it"):
+        questions(file)
