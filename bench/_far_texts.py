@@ -146,12 +146,14 @@ def _cached(name: str, text: FarText) -> str:
 
 
 def main() -> None:
-    from judge import evenly_spaced, judge, load  # torch, which the page of tables does not need
+    import torch  # which the page of tables does not need
+    from judge import evenly_spaced, judge, load
 
     given = judged_options(__doc__).parse_args()
     texts = far_texts()
     if texts is None:
         return
+    torch.set_num_threads(given.threads)
     folder = locate(given.model).folder
     dense = load(folder)
     for name, text in texts.items():

@@ -30,7 +30,22 @@ METHODS = {
     "torch-pruning-taylor": "Torch-Pruning, group Taylor, 10 windows",
     "torch-pruning-magnitude": "Torch-Pruning, group magnitude",
     "magnitude-no-refit": "magnitude, no refit",
+    "wanda-norm": "wanda + refit, tokens weighted by 1 / mean square of the residual stream",
+    "wanda-damping-0.001": "wanda + refit, a tenth of the damping",
+    "wanda-damping-0.1": "wanda + refit, ten times the damping",
+    "wanda-dense-inputs": "wanda + refit, statistics of the dense model's layers",
 }
+# the ablation: what differs from the default, and the rows that differ in it: methods, or calibration windows
+ABLATION: dict[str, tuple[str | int, ...]] = {
+    "selection": ("random", "magnitude", "activation", "flap", "obs"),
+    "refit": ("wanda-sp", "wanda-joint"),
+    "allocation": ("wanda-per-layer",),
+    "sequential statistics": ("wanda-dense-inputs",),
+    "token weights": ("wanda-norm",),
+    "damping": ("wanda-damping-0.001", "wanda-damping-0.1", "wanda-held-out"),
+    "calibration size": (64, 32, 16),
+}
+DEFAULT: tuple[str, int] = ("wanda", 128)
 CALIBRATED = {
     "wikitext": "WikiText-2 valid",
     "self+wikitext": "half `self`, half WikiText-2 valid",
@@ -159,6 +174,57 @@ def _far_table(cells: Cells, texts: tuple[str, ...]) -> str:
     return "\nRatio on a far text over the ratio on WikiText-2:\n\n" + table(
         ("gone", "from", "calibrated on", "", "at most", *texts), body
     )
+
+
+ABLATED = """\
+The default against itself with one thing changed (`--ablation`): FFN only, 20 %, calibrated on WikiText-2 valid. The
+first line is times dense; below it, what the change does to that, in percent: above zero is what the default gains.
+Rows are those of the section above; gaps under 3 % are noise.
+"""
+
+
+def ablation(rows: list[Row]) -> str:
+    """One line a change: how the ratio on each text differs from the default's."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        key = {"calibration": "wikitext", "shape": "ffn", "ratio": 0.20, "seed": 0, "length": 512, "windows": 64}
+        if key.items() <= row["key"].items() and tuple(row["found"]["ratio"]) == ("wikitext", *FAR_TEXTS):
+            found[row["key"]["method"], row["key"]["samples"]] = row["found"]["ratio"]
+    if DEFAULT not in found:
+        return f"{ABLATED}\nNot measured yet.\n"
+    default = found[DEFAULT]
+    body = [("", f"{METHODS[DEFAULT[0]]}, {DEFAULT[1]} x 512", *(number(value, 3) for value in default.values()))]
+    for what, changes in ABLATION.items():
+        for change in changes:
+            cell = (DEFAULT[0], change) if isinstance(change, int) else (change, DEFAULT[1])
+            name = f"{change} x 512" if isinstance(change, int) else METHODS[change]
+            if ratios := found.get(cell):
+                body.append((what, name, *(f"{ratios[text] / default[text] - 1:+.1%}" for text in default)))
+    return f"{ABLATED}\n{table(('changed', 'to', *default), body)}"
+
+
+MERGING = """\
+One shot, no training; calibrated on WikiText-2 valid, judged on its test split. Cache: bytes of the keys
+and values of one token. `mean` is plain averaging (Ainslie et al. 2023, before their training), `aligned` turns the
+heads towards each other first, `drop` takes the least costly away with their query heads. The refit is o_proj's.
+"""
+
+
+def kv_merging(rows: list[Row]) -> str:
+    """A table a setting: what each way to merge leaves, without the refit of o_proj and with it."""
+    parts = [MERGING]
+    for setting, group in by_setting(rows, ("method", "refit")).items():
+        body = []
+        for row in sorted(group, key=lambda row: (row["key"]["method"], row["key"]["refit"])):
+            found = row["found"]
+            before, after = found["kv_cache_bytes"]
+            cache = f"{before:,} to {after:,} ({1 - after / before:.0%} saved)"
+            ratios = (number(found["ratio"], 2), number(found["perplexity"], 1), f"{found['parameters'] / 1e6:.1f} M")
+            body.append((row["key"]["method"], "yes" if row["key"]["refit"] else "no", *ratios, cache))
+        dense = number(group[0]["found"]["dense"], 2)
+        header = ("KV heads", "refit", "times dense", "perplexity", "parameters", "cache")
+        parts.append(f"{described(setting)}. Dense perplexity {dense}.\n\n{table(header, body)}")
+    return "\n".join(parts)
 
 
 def pruning_speed(rows: list[Row]) -> str:

@@ -83,6 +83,22 @@ def _stage(stage: Row) -> tuple[str, ...]:
     )
 
 
+MULTIPLE_CHOICE = """\
+Zero-shot accuracy by lm-eval's harness on local files of questions, with its standard error; `acc_norm`: the likelihood
+a byte of each choice.
+"""
+
+
+def multiple_choice(rows: list[Row]) -> str:
+    """One line a model and file."""
+    body = []
+    for row in rows:
+        key, found = row["key"], row["found"]
+        values = (f"{each['value']:.1%} ±{each['error']:.1%}" for each in found.values())
+        body.append((key["file"], str(key["questions"]), key["model"], *values))
+    return f"{MULTIPLE_CHOICE}\n{table(('file', 'questions', 'model', 'acc', 'acc_norm'), body)}"
+
+
 def damping(rows: list[Row]) -> str:
     """A table by criterion and calibration size: ridge by lambda."""
     parts = [DAMPING]

@@ -2,6 +2,7 @@
 same shapes.
 
     .venv/bin/python bench/pruning.py [--methods wanda obs flap] [--calibrations wikitext self+wikitext] [--limit 1]
+    .venv/bin/python bench/pruning.py --ablation
 
 At most 128 x 512 calibration tokens; judged by bench/judge.py on 64 windows of wikitext2-test.txt and of every text of
 bench/_far_texts.py, which nothing is calibrated on. A row is a method, a calibration, a share of the decoder's matrix
@@ -18,7 +19,8 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from compress.data import DataSpec, windows
 from compress.machine import Machine
 from compress.plan import make_plan
 from compress.recipe import Recipe
+from compress.steps.prune import run
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
 
@@ -53,6 +56,27 @@ PER_LAYER: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-joint-per-layer": ("wanda", {"joint_refit": 2}),
     "obs-per-layer": ("obs", {}),
 }
+# the default with one thing changed
+CHANGED: dict[str, dict[str, Any]] = {
+    "wanda-norm": {"criterion": "wanda", "token_weights": "norm"},
+    "wanda-damping-0.001": {"criterion": "wanda", "damping": 0.001},
+    "wanda-damping-0.1": {"criterion": "wanda", "damping": 0.1},
+    "wanda-dense-inputs": {"criterion": "wanda"},  # statistics of the dense model's layers: see `dense_inputs`
+}
+OWN = OURS | CHANGED
+ABLATED = (
+    "wanda",
+    "wanda-joint",
+    "wanda-sp",
+    "random",
+    "magnitude",
+    "activation",
+    "flap",
+    "obs",
+    "wanda-held-out",
+    "wanda-per-layer",
+)
+SIZES = (64, 32, 16)  # calibration windows of the ablation, beside those of all other rows
 CALIBRATIONS = ("wikitext", "self+wikitext", "self", "builtin")
 RATIOS = (0.20, 0.35, 0.50)
 SHAPES = {"ffn": None, "heads": 0.3334}
@@ -106,7 +130,7 @@ class Bench:
         relative: windows are pairs of dense and pruned."""
         started = time.time()
         predicted: dict[str, float] = {}
-        if case.method in OURS or case.method in PER_LAYER:
+        if case.method in OWN or case.method in PER_LAYER:
             out = WORK / f"pruning-{case.method}"
             shared: dict[str, Any] = {
                 "data": self._data(case),
@@ -114,9 +138,10 @@ class Bench:
                 "machine": self.machine,
                 "overwrite": True,
             }
-            how = dict(OURS.get(case.method) or self._measured(case, shared))
+            how = dict(OWN.get(case.method) or self._measured(case, shared))
             how |= {"ratio": case.ratio, "heads": SHAPES[case.shape]} | shared
-            receipt = compress.prune(self.setting.model, out, **how).receipt
+            with dense_inputs() if case.method == "wanda-dense-inputs" else nullcontext():
+                receipt = compress.prune(self.setting.model, out, **how).receipt
             predicted = {key: value for key, value in receipt["steps"][0].items() if key == "predicted_loss"}
             seconds, model = time.time() - started, load(out)
             shutil.rmtree(out)
@@ -142,7 +167,8 @@ class Bench:
     def _measured(self, case: Case, shared: dict[str, Any]) -> dict[str, Any]:
         """The options that take the widths of the layers from an analysis, made once for all ratios."""
         criterion, besides = PER_LAYER[case.method]
-        folder = WORK / f"pruning-sensitivity-{criterion}-{case.calibration}-{case.seed}"
+        name = f"{criterion}-{case.calibration}-{self.setting.samples}-{case.seed}"
+        folder = WORK / f"pruning-sensitivity-{name}"
         if folder not in self.analyses:
             compress.measure_sensitivity(self.setting.model, folder, criterion=criterion, pictures=False, **shared)
             self.analyses.add(folder)
@@ -158,8 +184,39 @@ class Bench:
         return Task(self.folder, step, made.family, torch.from_numpy(tokens.ids))
 
 
+@contextmanager
+def dense_inputs() -> Iterator[None]:
+    """Inside, every layer is measured behind the layers of the dense model, not behind those that are cut already. The
+    product has no such option: its pass hands its hidden states through the dense layer instead of the cut one."""
+    finish = run._Pruner._finish
+
+    def through_dense(self: Any, index: int, tensors: Any, hidden: torch.Tensor | None, probe: torch.Tensor) -> None:
+        finish(self, index, tensors, None, probe)
+        if hidden is not None:
+            with self.before.layer(index) as layer:
+                self.before.advance(layer, hidden, positions=self.positions)
+
+    run._Pruner._finish = through_dense  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        run._Pruner._finish = finish  # type: ignore[method-assign]
+
+
+def asked(given: argparse.Namespace) -> Iterator[tuple[Setting, Case]]:
+    """All rows that were asked for, with their setting; the ablation: 20 % of the FFN, one thing changed a row."""
+    setting = Setting(given.model, given.samples, given.length, given.windows)
+    if not given.ablation:
+        yield from ((setting, case) for case in wanted(given))
+        return
+    for method in (*ABLATED, *CHANGED):
+        yield setting, Case(method, "wikitext", "ffn", RATIOS[0], given.seeds[0])
+    for samples in SIZES:
+        yield replace(setting, samples=samples), Case("wanda", "wikitext", "ffn", RATIOS[0], given.seeds[0])
+
+
 def wanted(given: argparse.Namespace) -> Iterator[Case]:
-    """All rows that were asked for, the first seed's first."""
+    """All rows of the tables by calibration that were asked for, the first seed's first."""
     order = itertools.product(given.seeds, given.calibrations, given.methods, given.shapes, given.ratios)
     for seed, calibration, method, shape, ratio in order:
         if shape == "ffn" or method not in (*FFN_ONLY, *PER_LAYER):  # per-layer: heads against FFN is the allocation's
@@ -179,20 +236,20 @@ def show(case: Case, found: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    given = _arguments()
+    given = arguments()
     text, far = wikitext(given.data), far_texts()
     if text is None or far is None:
         return
     torch.set_num_threads(given.threads)
-    setting = Setting(given.model, given.samples, given.length, given.windows)
     results = Results("pruning", given.results)
     bench: Bench | None = None
     measured = 0
-    for case in wanted(given):
+    for setting, case in asked(given):
         key = setting.key(case)
         found = None if given.again else on_file(results, key)
         if found is None and measured < given.limit:
             bench = bench or Bench(setting, text, far, given.threads)
+            bench.setting = setting
             if on_file(results, setting.key(None)) is None:
                 results.add(setting.key(None), bench.reference())
             found = bench.row(case)
@@ -203,16 +260,19 @@ def main() -> None:
             show(case, found)
 
 
-def _arguments() -> argparse.Namespace:
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    """The command line, or what a test gives in its place."""
     parser = quality_options(__doc__)
     names = [*OURS, *PER_LAYER, *PEERS]
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="M", help=", ".join(names))
+    known = [*names, *CHANGED]
+    parser.add_argument("--methods", nargs="+", choices=known, default=names, metavar="M", help=", ".join(known))
     parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=["wikitext"], metavar="C")
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=RATIOS[:2], metavar="R")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="S")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="S", help="of the calibration")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
-    return parser.parse_args()
+    parser.add_argument("--ablation", action="store_true", help="the rows of the ablation instead")
+    return parser.parse_args(line)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from _foundation_sections import foundation, fuzz, kills, peers_quant
 from _markdown import Row, provenance
-from _pruning_sections import pruning, pruning_speed
+from _pruning_sections import ablation, kv_merging, pruning, pruning_speed
 from _results import ROOT, options
-from _sections import damping, demo, memory, sampling, startup
+from _sections import damping, demo, memory, multiple_choice, sampling, startup
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 
@@ -49,6 +49,9 @@ def render(folder: Path) -> str:
     sections: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
         ("The demo", "demo", demo),
         ("Pruning quality on WikiText-2", "pruning", pruning),
+        ("What each part of pruning gives", "pruning", ablation),
+        ("KV heads merged", "kv_merging", kv_merging),
+        ("Multiple choice", "multiple_choice", multiple_choice),
         ("Pruning speed", "pruning_speed", pruning_speed),
         ("Damping", "damping", damping),
         ("Memory", "memory", memory),

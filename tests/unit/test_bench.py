@@ -79,3 +79,58 @@ def test_a_peers_verdict_names_the_noise() -> None:
     lines = [line for line in peers_quant([ours, same, old, worse]).splitlines() if line.startswith("- perplexity")]
     ends = ["beyond noise", "within noise", "met"]
     assert [line.endswith(end) for line, end in zip(lines, ends, strict=True)] == [True] * 3, lines
+
+
+def test_the_rows_of_the_ablation_and_of_the_tables_have_names() -> None:
+    from _pruning_sections import ABLATION, CALIBRATED, METHODS, SHAPES
+    from pruning import CALIBRATIONS, CHANGED, OURS, PEERS, PER_LAYER, SIZES, arguments, asked
+
+    assert METHODS.keys() == OURS.keys() | PER_LAYER.keys() | PEERS.keys() | CHANGED.keys()
+    given = arguments(["--calibrations", *CALIBRATIONS, "--ratios", "0.2", "0.35", "0.5", "--seeds", "0", "1", "2"])
+    cases = {case for _, case in asked(given)}
+    for method in METHODS.keys() - CHANGED.keys():
+        own = {(case.calibration, case.ratio, case.seed) for case in cases if case.method == method}
+        assert own == {(c, ratio, seed) for c in CALIBRATED for ratio in (0.2, 0.35, 0.5) for seed in range(3)}
+    assert {case.shape for case in cases} == SHAPES.keys()
+    rows = [(case.method, setting.samples) for setting, case in asked(arguments(["--ablation"]))]
+    shown = [each for changes in ABLATION.values() for each in changes]
+    assert sorted(rows) == sorted([("wanda", 128), *(("wanda", n) if n in SIZES else (n, 128) for n in shown)])
+
+
+def test_seeds_are_shown_with_their_spread_and_no_far_text_is_left_out() -> None:
+    from _far_texts import FAR_TEXTS
+    from _pruning_sections import pruning
+
+    texts = ("wikitext", *FAR_TEXTS)
+    setting = {"model": "m", "samples": 128, "length": 512, "windows": 64}
+
+    def row(seed: int, ratios: dict[str, float]) -> dict[str, object]:
+        key = {"method": "wanda", "calibration": "self+wikitext", "shape": "ffn", "ratio": 0.2, "seed": seed}
+        machine = {"cpu": "c", "cores": 1, "memory": 0}
+        return {"key": key | setting, "found": {"ratio": ratios}, "machine": machine}
+
+    page = pruning([row(seed, dict.fromkeys(texts, 1.5 + seed / 10) | {"code": 1.9}) for seed in range(3)])
+    assert "| 1.600 (1.500 to 1.700; 3 seeds) |" in page
+    assert page.count("at most 1.57 times dense: **missed**") == 1  # WikiText-2
+    assert page.count("at most 1.55 times dense: **missed**") == len(FAR_TEXTS)
+    carried = next(line for line in page.splitlines() if "| 1.2 |" in line)
+    assert carried.endswith("| 1.000 | 1.000 | 1.000 | 1.191 |")
+    # a row of fewer texts is in a table of its own
+    assert pruning([row(0, dict.fromkeys(texts, 1.0)), row(1, {"wikitext": 1.0})]).count("Dense perplexity") == 2
+
+
+def test_questions_that_are_none_are_named_by_line(tmp_path: Path) -> None:
+    from multiple_choice import questions
+
+    file = tmp_path / "asked.jsonl"
+    asked = '{"question": "1 + 1?", "choices": ["one", "two"], "answer": %s'
+    good = asked % '"two"}'
+    file.write_text(f"{good}\n\n{asked % '0}'}\n")
+    assert [each["answer"] for each in questions(file)] == [1, 0]
+    for wrong in ("2}", "-1}", "true}", '"three"}', "null}", '"two"'):
+        file.write_text(f"{good}\n{asked % wrong}\n")
+        with pytest.raises(SystemExit, match="line 2: question, choices and answer are wanted"):
+            questions(file)
+    file.write_text("\n")
+    with pytest.raises(SystemExit, match="no question in it"):
+        questions(file)
