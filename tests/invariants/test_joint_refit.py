@@ -20,9 +20,16 @@ def errors(out: Path) -> list[dict[str, dict[str, float]]]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_begins_at_the_refit_and_lowers_the_error(family: str, tmp_path: Path) -> None:
-    source = getattr(tiny, family)(tmp_path / "source")
+def with_biases(folder: Path) -> Path:
+    return tiny.llama(folder, mlp_bias=True)
+
+
+MODELS = {**{family: getattr(tiny, family) for family in FAMILIES}, "llama with biases": with_biases}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_it_begins_at_the_refit_and_lowers_the_error(model: str, tmp_path: Path) -> None:
+    source = MODELS[model](tmp_path / "source")
     cut = {"keep_ffn": 64}
     alone, both = prune(source, tmp_path / "a", **cut), prune(source, tmp_path / "b", **cut, joint_refit=1)
     first = errors(alone)[0]["ffn"], errors(both)[0]["ffn"]

@@ -74,6 +74,7 @@ HEAVY = {
     "compress.steps.evaluate.run",
     "compress.steps.prune.coupled",
     "compress.steps.prune.depth",
+    "compress.steps.prune.gauss_newton",
     "compress.steps.prune.gradients",
     "compress.steps.prune.joint",
     "compress.steps.prune.kv",

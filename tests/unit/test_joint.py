@@ -9,8 +9,9 @@ import torch
 from torch.func import jvp, vjp
 
 from compress.errors import UserError
-from compress.steps.prune import joint
-from compress.steps.prune.joint import Gated, Seen, _Problem, joint_refit
+from compress.steps.prune import gauss_newton
+from compress.steps.prune.gauss_newton import Gated, Preconditioner, Problem, Seen, conjugate_gradients, factored
+from compress.steps.prune.joint import joint_refit
 
 H, N, K, TOKENS = 6, 20, 12, (8, 16)  # hidden, whole width, kept width, windows x tokens
 
@@ -52,9 +53,9 @@ def gram_of(ffn: Gated, seen: Seen) -> torch.Tensor:
 def test_gradient_and_products_are_those_of_autograd(
     biases: bool, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joint, "JOINT_BYTES", 0 if biases else 2**20)  # the inside made anew, or kept
+    monkeypatch.setattr(gauss_newton, "JOINT_BYTES", 0 if biases else 2**20)  # the inside made anew, or kept
     ffn, seen = problem(biases, weighted)
-    at = _Problem(ffn, act, seen, "cpu")
+    at = Problem(ffn, act, seen, "cpu")
     curved = at.curved()
     ridges = curved.ridges(0.01, gram_of(ffn, seen))
 
@@ -76,14 +77,14 @@ def test_gradient_and_products_are_those_of_autograd(
 
 
 def test_enough_iterations_solve_the_linear_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint, "JOINT_ITERATIONS", 400)
+    monkeypatch.setattr(gauss_newton, "JOINT_ITERATIONS", 400)
     ffn, seen = problem()
-    at, gram = _Problem(ffn, act, seen, "cpu"), gram_of(ffn, seen)
+    at, gram = Problem(ffn, act, seen, "cpu"), gram_of(ffn, seen)
     curved = at.curved()
     ridges = curved.ridges(0.1, gram)
     wanted = [each.clone() for each in curved.gradient]
-    made = joint._Preconditioner(curved, 0.1, joint._factored(gram, float(ridges[2]), "ffn"), "ffn")
-    found = at.times(joint._conjugate_gradients(at, curved.gradient, ridges, made), ridges)
+    made = Preconditioner(curved, 0.1, factored(gram, float(ridges[2]), "ffn"), "ffn")
+    found = at.times(conjugate_gradients(at, curved.gradient, ridges, made), ridges)
     scale = max(float(each.abs().max()) for each in wanted)
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3 * scale)

@@ -31,7 +31,8 @@ from compress.solve import HeldOut, best_damping, cut_error, damping_vector, ref
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.depth import Depth, find_depth, settled
 from compress.steps.prune.enough import windows_back
-from compress.steps.prune.joint import Seen, activation_of, gated, joint_refit, watching, written
+from compress.steps.prune.gauss_newton import Seen
+from compress.steps.prune.joint import activation_of, gated, joint_refit, watching, written
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import PruneOptions
