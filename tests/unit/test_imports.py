@@ -76,6 +76,7 @@ HEAVY = {
     "compress.steps.prune.depth",
     "compress.steps.prune.gauss_newton",
     "compress.steps.prune.gradients",
+    "compress.steps.prune.inputs",
     "compress.steps.prune.joint",
     "compress.steps.prune.kv",
     "compress.steps.prune.run",

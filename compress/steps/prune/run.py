@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
@@ -30,9 +29,9 @@ from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.depth import Depth, find_depth, settled
-from compress.steps.prune.enough import windows_back
 from compress.steps.prune.gauss_newton import Seen
-from compress.steps.prune.joint import activation_of, gated, joint_refit, watching, written
+from compress.steps.prune.inputs import FFN, look
+from compress.steps.prune.joint import activation_of, gated, joint_refit, written
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import PruneOptions
@@ -40,16 +39,14 @@ from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.prune.vision import CutTower, cut_tower
-from compress.steps.prune.weights import TokenWeights, check_tokens, held_share
+from compress.steps.prune.weights import TokenWeights, check_tokens
 from compress.steps.types import Job, Outcome
 from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, check_numbers, compute_dtype
-from compress.stream.statistics import Gathered, gathering
 from compress.stream.vision import Sight, show, sight_of, token_positions
 
-FFN = "ffn"  # the group
 PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 
@@ -259,11 +256,11 @@ class _Pruner:
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         tensors, groups = original, self.groups[place]
         fed = None if hidden is None else Fed(hidden, self.weights.of(hidden), self.positions)
-        found, held, seen_ffn = self._statistics(index, groups, tensors, fed) if fed is not None else ({}, {}, None)
+        read = look(self.before, index, groups, tensors, fed, self.wanted, self.options)
         picked: dict[str, Chosen] = {}
         for group in groups:
             what = f"layer {index} {group.name}"
-            statistics = found.pop(group.name, {})
+            statistics = read.statistics.pop(group.name, {})
             for kind, value in self.gradients[index].pop(group.name, {}).items():
                 statistics[kind] = value.to(self.streamed.device)
             hessian = statistics.get("gram")
@@ -282,13 +279,13 @@ class _Pruner:
             if group.name == "heads" and self.merger is not None:
                 pass  # o_proj is refitted when the KV heads are merged
             elif hessian is not None and self.options.refit:
-                damping, held_out = self._damping(seen, kept_columns, held.pop(group.name, None))
+                damping, held_out = self._damping(seen, kept_columns, read.held.pop(group.name, None))
                 result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
                 error, before = result.error, result.error_before
-                if seen_ffn is not None and group.name == FFN:
+                if read.ffn is not None and group.name == FFN:
                     inner = hessian[keep][:, keep]
-                    tensors, alone, error = self._joint(group, tensors, result.weight, inner, seen_ffn, damping, what)
+                    tensors, alone, error = self._joint(group, tensors, result.weight, inner, read.ffn, damping, what)
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
             ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
@@ -331,33 +328,6 @@ class _Pruner:
         if held is None:
             return self.options.damping, None
         return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
-
-    def _statistics(
-        self, index: int, groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], fed: Fed
-    ) -> tuple[dict[str, dict[Statistic, torch.Tensor]], dict[str, HeldOut], Seen | None]:
-        """What is wanted of the readers' inputs, by group; of the held-out windows, the last ones, their Gram; and what
-        the FFN reads and gives, for a joint refit."""
-        if not groups:
-            return {}, {}, None
-        gathered = {g.name: Gathered(self.wanted, g.units, g.width, self.streamed.device) for g in groups}
-        readers = {g.reader: gathered[g.name] for g in groups}
-        back = windows_back(self.options, len(fed))
-        first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
-        kept_back = {g.name: Gathered({"gram"}, g.units, g.width, self.streamed.device) for g in groups if back}
-        ffn = next((g for g in groups if g.name == FFN and self.options.joint_refit), None)
-        seen = None if ffn is None else Seen.room(fed.hidden, fed.weights)
-        with ExitStack() as stack:
-            layer = stack.enter_context(self.before.layer_from(index, tensors))
-            stack.enter_context(gathering(layer, readers, fed.weights))
-            if ffn is not None and seen is not None:
-                stack.enter_context(watching(layer, ffn, seen))
-            self.before.advance(layer, first.hidden, keep=False, positions=first.positions)
-            if back:
-                with gathering(layer, {g.reader: kept_back[g.name] for g in groups}, last.weights):
-                    self.before.advance(layer, last.hidden, keep=False, positions=last.positions)
-        share = held_share(fed, back)
-        held = {name: HeldOut(each.results()["gram"], share) for name, each in kept_back.items()}
-        return {name: each.results() for name, each in gathered.items()}, held, seen
 
 
 def _loading(plan: PrunePlan) -> dict[str, Any]:
