@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import FrameType
 from typing import Annotated, Any
 
@@ -112,6 +113,12 @@ app.add_typer(
 )
 
 
+@cache
+def _parser() -> Any:
+    """Made once a process: Typer needs longer for it than for anything it parses."""
+    return get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -128,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not verbose:
             warnings.simplefilter("ignore")
         try:
-            code = get_command(app).main(args=given, prog_name=PROGRAM, standalone_mode=False)
+            code = _parser().main(args=given, prog_name=PROGRAM, standalone_mode=False)
             sys.stdout.flush()
             if code == INTERRUPTED:  # Typer turns ctrl-C into this code
                 raise KeyboardInterrupt

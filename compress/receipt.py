@@ -6,6 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,11 @@ GATES = {
     "max_bytes": ("bytes", 1),
     "max_parameters": ("parameters", 1),
 }
+
+
+@cache  # each version is a file that is found and parsed
+def _installed() -> tuple[tuple[str, str], ...]:
+    return tuple((name, version(name)) for name in LIBRARIES)
 
 
 def own_version() -> str:
@@ -101,7 +107,7 @@ def assemble(
     return {
         "receipt": SCHEMA,
         "autoglm_compress": own_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": dict(_installed()),
         "threads": threads,
         "device": described(device),
         "shard_bytes": shard_bytes,

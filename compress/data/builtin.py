@@ -4,6 +4,9 @@ share no paragraph."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 
 from compress.data.spec import Part
 from compress.errors import UserError
@@ -12,7 +15,8 @@ SHARES: dict[Part, float] = {"calibration": 0.4, "training": 0.4, "evaluation": 
 PARAGRAPH = 40  # normalised characters; shorter paragraphs ("For example:") may stand in several topics
 
 
-def builtin_parts() -> dict[Part, list[str]]:
+@cache  # a run asks for it in every step
+def builtin_parts() -> Mapping[Part, Sequence[str]]:
     """The three parts of `builtin`: lists of topics, about 40 / 40 / 20 by characters.
 
     A fifth of the topics' text is sections included a second time. Every paragraph is kept once, in the longest topic
@@ -37,7 +41,7 @@ def builtin_parts() -> dict[Part, list[str]]:
                 seen.add(plain)
         if any(len(normalised(p)) > PARAGRAPH for p in fresh):
             left[name] = "\n\n".join(fresh)
-    return _deal(left)
+    return MappingProxyType({part: tuple(texts) for part, texts in _deal(left).items()})
 
 
 def normalised(paragraph: str) -> str:
