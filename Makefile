@@ -7,7 +7,7 @@ PEERS := $(patsubst bench/peers/%.txt,.venv/peers/%/.setup-done,$(wildcard bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow check bench peers-env docs clean
+.PHONY: help setup demo test test-slow check bench peers-env vllm-env docs clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,14 @@ peers-env: $(PEERS) ## environments of the tools that bench/peers_quant.py compa
 .venv/peers/%/.setup-done: bench/peers/%.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+vllm-env: .venv/vllm/.setup-done ## environment of vLLM, in which a slow test loads layers that differ
+
+.venv/vllm/.setup-done: tests/vllm.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 docs: setup ## write from the code: tables of docs/recipes.md, docs/commands.md, recipes/schema.json, signatures
