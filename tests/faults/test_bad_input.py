@@ -153,7 +153,7 @@ PRUNE = {
     "target out of reach": (["--params", "1K"], ["--params", "cannot be reached"]),
     "heads round to none": (["--heads", "0.05"], ["--heads", "0.2500, 0.5000, 0.7500"]),
     "rounds to nothing": (["--ratio", "0.01"], ["--ratio", "removes nothing"]),
-    "leaves nothing": (["--ffn", "0.99"], ["--ffn", "no FFN neurons"]),
+    "leaves nothing": (["--ffn", "0.99"], ["--ffn", "0.99 cannot be reached", "0.9167"]),
     "heads remove more": (["--ratio", "0.01", "--heads", "0.5"], ["--ratio", "heads alone remove"]),
     "criterion": (["--ratio", "0.3", "--criterion", "wnada"], ["--criterion", "did you mean 'wanda'"]),
     "unknown option": (["--ratoi", "0.3"], ["--ratoi", "--ratio"]),
