@@ -34,7 +34,8 @@ def on_gpu(*arguments: str, free: int = AMPLE, device: str = "cuda") -> tuple[in
 )
 def test_prune(family: str, criterion: str, tmp_path: Path, main: Main) -> None:
     model = getattr(tiny, family)(tmp_path / "model")
-    work = ["prune", str(model), *CUT, *TEXT, "--criterion", criterion, "-o"]
+    joint = ["--joint-refit", "2"] if criterion == "wanda" else []
+    work = ["prune", str(model), *CUT, *TEXT, "--criterion", criterion, *joint, "-o"]
     code, said, products = on_gpu(*work, str(tmp_path / "gpu"), device="auto")
     assert code == 0, said
     assert products > 20
