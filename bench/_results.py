@@ -29,7 +29,11 @@ class Results:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.file = folder / f"{name}.json"
-        self.rows: list[dict[str, Any]] = json.loads(self.file.read_text())["rows"] if self.file.exists() else []
+        self.rows = self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.file.read_text())["rows"] if self.file.exists() else []
+        return rows
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """What was found for exactly this key, or None."""
@@ -38,7 +42,8 @@ class Results:
     def add(self, key: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """Put one measurement on file, in place of an older one with the same key."""
         row = {"key": dict(key), "found": dict(found), "machine": machine(), "versions": versions(), "date": date()}
-        self.rows = [old for old in self.rows if old["key"] != row["key"]] + [row]
+        # read anew: another process may have put rows there meanwhile
+        self.rows = [old for old in self._read() if old["key"] != row["key"]] + [row]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_name(self.file.name + ".partial")
         partial.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
