@@ -32,13 +32,14 @@ def working_dtype(columns: int) -> torch.dtype:
 
 
 def factor(matrix: torch.Tensor, what: str) -> torch.Tensor:
-    """Lower Cholesky factor of a damped matrix; `what` names the module if even float64 finds it singular."""
+    """Lower Cholesky factor of a damped matrix, or of several [*, n, n]; `what` names the module if even float64 finds
+    one singular."""
     lower: torch.Tensor
     lower, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) and matrix.dtype != torch.float64:
+    if bool(info.any()) and matrix.dtype != torch.float64:
         lower, info = torch.linalg.cholesky_ex(matrix.double())
         lower = lower.to(matrix.dtype)
-    if int(info):
+    if bool(info.any()):
         _check_numbers(float(matrix.sum(dtype=torch.float64)), what)
         raise UserError(
             f"{what}: the activation statistics are singular even with damping",
@@ -213,8 +214,12 @@ def _unit_costs(current: torch.Tensor, inverse: torch.Tensor, width: int) -> tor
     units = inverse.shape[0] // width
     blocks = torch.stack([inverse[u * width : (u + 1) * width, u * width : (u + 1) * width] for u in range(units)])
     columns = current.view(current.shape[0], units, width).permute(1, 2, 0)  # [units, width, d]
-    costs: torch.Tensor = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-    return costs
+    # no batched LU: it calls MKL inside a parallel region, where two threads were seen to wait for each other for ever
+    lower, failed = torch.linalg.cholesky_ex(blocks)
+    spread: torch.Tensor = torch.linalg.solve_triangular(lower, columns, upper=False)
+    return (
+        spread.square().sum((1, 2)).masked_fill(failed > 0, -1.0)
+    )  # rounding has eaten the block: the caller makes the inverse anew
 
 
 def _columns(units: torch.Tensor, width: int) -> torch.Tensor:
@@ -252,6 +257,7 @@ class Elimination:
         what: str = "module",
     ) -> None:
         dtype = working_dtype(len(hessian))
+        self._what = what
         order = going.flip(0)
         system = hessian[order][:, order].to(dtype)
         self._ridge = ridge[order].to(dtype)
@@ -297,7 +303,7 @@ class Elimination:
             rows = (self._inverse[:, columns].T @ self._inverse).view(len(part), width, -1)  # M[B,:]
             own = rows.gather(2, part[:, None, :].expand(-1, width, -1))  # M[B,B]
             ridged = torch.einsum("uik,k,ujk->uij", rows, self._ridge, rows)
-            inverse = torch.linalg.inv(own)
+            inverse = torch.cholesky_inverse(factor(own, self._what))  # no batched LU: see `_unit_costs`
             kernel = inverse - inverse @ ridged @ inverse
             mine = weighted[:, columns].view(-1, len(part), width).movedim(1, 0)  # [units, d, width]
             found.append(torch.einsum("uij,udi,udj->u", kernel, mine, mine).double())

@@ -338,3 +338,12 @@ def test_the_error_without_a_unit_is_that_of_the_refit_of_all_others(
         full = embedded(refitted.weight.double().numpy(), keep, 24)
         error = (((full - problem.w) @ problem.x.T) ** 2).mean(1)
         assert float(found[unit]) == pytest.approx(float(error @ importance.double().numpy()), rel=1e-3)
+
+
+def test_a_block_that_is_not_definite_has_no_cost_but_a_sign_that_asks_for_a_new_inverse() -> None:
+    from compress.solve import _unit_costs
+
+    inverse = torch.eye(4)
+    inverse[2, 2] = -1.0
+    costs = _unit_costs(torch.ones(3, 4), inverse, 2)
+    assert costs.tolist() == [6.0, -1.0]
