@@ -13,6 +13,7 @@ METHODS = {
     "wanda-joint": "wanda + joint refit, 2 steps",
     "wanda-joint-per-layer": "wanda + joint refit, 2 steps, per-layer widths, heads against FFN",
     "obs-per-layer": "obs + refit, per-layer widths, heads against FFN",
+    "obs-joint-per-layer": "obs + joint refit, 2 steps, per-layer widths, heads against FFN",
     "wanda-held-out": "wanda + refit, damping chosen on held-out windows",
     "obs": "obs + refit",
     "flap": "flap + refit",
@@ -51,6 +52,7 @@ CALIBRATED = {
     "self+wikitext": "half `self`, half WikiText-2 valid",
     "self": "`self`",
     "builtin": "`builtin` (72 windows, all there are)",
+    "self+builtin": "half `self`, half `builtin`",
 }
 SHAPES = {"ffn": "FFN", "heads": "heads + FFN"}
 # the best row of uniform widths has to stay within, and where a far text is named that of widths by layer as well:
@@ -63,7 +65,7 @@ PRUNING_MUST: dict[tuple[str, float], tuple[float, float | None]] = {
 }
 PER_LAYER_MUST = {0.20: 1.44, 0.35: 2.03}  # calibrated on WikiText-2 valid, judged on its test split
 FAR = {0.20: 1.2, 0.35: 1.35}  # any calibration's ratio on any far text, at most this times its ratio on WikiText-2
-BY_LAYER = ("wanda-per-layer", "wanda-joint-per-layer", "obs-per-layer")
+BY_LAYER = ("wanda-per-layer", "wanda-joint-per-layer", "obs-per-layer", "obs-joint-per-layer")
 CARRIES = ("wanda", "obs", "wanda-held-out", "wanda-joint", *BY_LAYER)  # the methods that this is asked of
 PRUNING = """\
 One shot, no training; uniform widths but where a row says per-layer. Judged by `bench/judge.py` (stock transformers,

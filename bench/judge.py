@@ -22,11 +22,13 @@ LENGTH = 512
 BATCH = 4  # windows whose logits are alive at once: 4 x 512 x 49,152 float32 = 400 MB a model
 
 
-def load(folder: Path | str) -> Any:
-    """The stock model of `folder`, in the dtype it is stored in, in eval mode. Where layers differ in width, the
-    folder's own code builds it, as for any user (docs/families.md)."""
+def load(folder: Path | str, dtype: str = "auto") -> Any:
+    """The stock model of `folder`, in eval mode, in the dtype it is stored in or in `dtype`. Where layers differ in
+    width, the folder's own code builds it, as for any user (docs/families.md)."""
     trusted = (Path(folder) / "modeling_per_layer.py").is_file()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trusted, output_loading_info=True
+    )
     model, info = loaded
     wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
     if wrong:

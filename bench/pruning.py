@@ -35,7 +35,7 @@ import compress
 from compress.checkpoint.source import locate
 from compress.criteria import CRITERIA
 from compress.data import DataSpec, windows
-from compress.machine import Machine
+from compress.machine import Machine, cpu_precision
 from compress.plan import make_plan
 from compress.recipe import Recipe
 from compress.steps.prune import run
@@ -55,6 +55,7 @@ PER_LAYER: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-per-layer": ("wanda", {}),
     "wanda-joint-per-layer": ("wanda", {"joint_refit": 2}),
     "obs-per-layer": ("obs", {}),
+    "obs-joint-per-layer": ("obs", {"joint_refit": 2}),
 }
 # the default with one thing changed
 CHANGED: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ ABLATED = (
     "wanda-per-layer",
 )
 SIZES = (64, 32, 16)  # calibration windows of the ablation, beside those of all other rows
-CALIBRATIONS = ("wikitext", "self+wikitext", "self", "builtin")
+CALIBRATIONS = ("wikitext", "self+wikitext", "self", "builtin", "self+builtin")
 RATIOS = (0.20, 0.35, 0.50)
 SHAPES = {"ffn": None, "heads": 0.3334}
 BUILTIN_WINDOWS = 72  # all that the builtin text has
@@ -118,7 +119,9 @@ class Bench:
         self.analyses: set[Path] = set()  # made in this process
         read = {"wikitext": text.test.read_text(encoding="utf-8")} | far
         self.rows = {name: evenly_spaced(self.folder, told, setting.windows) for name, told in read.items()}
-        dense = load(self.folder)
+        # where bfloat16 is emulated, judging would take hours: both sides of every ratio are judged in float32 there
+        self.dtype = "auto" if cpu_precision().native else "float32"
+        dense = load(self.folder, self.dtype)
         self.dense = {name: judge(dense, rows) for name, rows in self.rows.items()}
 
     def reference(self) -> dict[str, Any]:
@@ -143,12 +146,13 @@ class Bench:
             with dense_inputs() if case.method == "wanda-dense-inputs" else nullcontext():
                 receipt = compress.prune(self.setting.model, out, **how).receipt
             predicted = {key: value for key, value in receipt["steps"][0].items() if key == "predicted_loss"}
-            seconds, model = time.time() - started, load(out)
+            seconds, model = time.time() - started, load(out, self.dtype)
             shutil.rmtree(out)
         else:
             model = PEERS[case.method](self._task(case))
+            model = model if self.dtype == "auto" else model.float()
             seconds = time.time() - started
-        found: dict[str, Any] = {"ratio": {}, "error": {}, **predicted}
+        found: dict[str, Any] = {"ratio": {}, "error": {}, "judged_in": self.dtype, **predicted}
         for name, rows in self.rows.items():
             after = torch.tensor(judge(model, rows)["window_nll"])
             rise = after - torch.tensor(self.dense[name]["window_nll"])
@@ -159,7 +163,11 @@ class Bench:
 
     def _data(self, case: Case) -> DataSpec:
         valid = str(self.text.valid)
-        sources: dict[str, str | dict[str, float]] = {"wikitext": valid, "self+wikitext": {"self": 0.5, valid: 0.5}}
+        sources: dict[str, str | dict[str, float]] = {
+            "wikitext": valid,
+            "self+wikitext": {"self": 0.5, valid: 0.5},
+            "self+builtin": {"self": 0.5, "builtin": 0.5},
+        }
         samples = min(self.setting.samples, BUILTIN_WINDOWS) if case.calibration == "builtin" else self.setting.samples
         source = sources.get(case.calibration, case.calibration)
         return DataSpec(source=source, samples=samples, length=self.setting.length)
