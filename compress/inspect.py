@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,9 @@ from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.source import locate
 from compress.formats import format_of, is_quantized
 from compress.machine import Progress, Silent
+from compress.steps.prune.options import ALIGNED, DROP, PruneOptions
+from compress.steps.prune.plan import layers_of
+from compress.steps.prune.whole import layers_left
 from compress.steps.prune.widths import width_multiple
 
 
@@ -56,29 +60,67 @@ def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]
         # vLLM was proved for plain checkpoints
         "loaded_by": [name for name in family.loaders_of(header.config) if not (quantized and name.startswith("vLLM"))],
         "groups": groups,
-        "cuts": [] if quantized else [*_head_cuts(header, family, sizes), _row("ffn", family)],
+        "cuts": [] if quantized else list(_cuts(header, family, sizes)),
     }
 
 
-def _head_cuts(header: Header, family: Family, sizes: Sizes) -> list[dict[str, Any]]:
-    """One row for every label that fewer heads may get, with the counts that get it."""
+def _cuts(header: Header, family: Family, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """What prune can be told to keep, and who loads what is left; the counts are those that a plan does not refuse."""
+    layers = layers_of(header, family)
+
+    def left(count: int, key: str, **besides: str) -> bool:
+        options = PruneOptions.model_validate({key: count, **besides})
+        return layers_left(header, family, layers, options, _unheard) is not None
+
+    fewer = {heads: replace(sizes, heads=heads) for heads in range(sizes.kv_heads, sizes.heads, sizes.kv_heads)}
+    yield from _by_label("keep_heads", header, family, fewer, {})
+    for merge in (ALIGNED, DROP):  # `mean` takes the counts of `aligned`
+        counts = [n for n in range(1, sizes.kv_heads) if left(n, "keep_kv_heads", kv_merge=merge)]
+        # the query heads of a KV head that is dropped go as well
+        heads = {n: sizes.group_size * n if merge == DROP else sizes.heads for n in counts}
+        fewer = {n: replace(sizes, heads=heads[n], kv_heads=n) for n in counts}
+        yield from _by_label("keep_kv_heads", header, family, fewer, {"kv_merge": DROP} if merge == DROP else {})
+    yield _row("keep_ffn", family)
+    if counts := [n for n in range(1, sizes.layers) if left(n, "keep_layers")]:
+        yield _row("keep_layers", family, counts)
+    if (tower := family.tower) is not None and tower.unlike(header) is None:
+        if (depth := tower.sizes(header.config).depth) > 1:
+            yield _row("keep_vision_layers", family, list(range(1, depth)))
+        yield _row("keep_vision_ffn", family)
+
+
+def _by_label(
+    option: str, header: Header, family: Family, fewer: Mapping[int, Sizes], besides: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """One row for every label that `fewer` heads may get, with the counts that get it."""
     found: dict[tuple[str, str], tuple[Family, list[int]]] = {}  # name and flavour -> family and counts
     named = {rewrite.flavour for rewrite in family.rewrites}
     for flavour in [each for each in FLAVOURS if each in named] or FLAVOURS[:1]:
-        for heads in range(sizes.kv_heads, sizes.heads, sizes.kv_heads):
-            rewrite, _ = family.label(header.config, replace(sizes, heads=heads), flavour)
-            if rewrite is not None:
-                changes = {"num_attention_heads": heads, "head_dim": sizes.head_dim}
-                label = described(rewrite.config(family.with_units(header.config, changes)))
-                found.setdefault((label.name, flavour if flavour in named else ""), (label, []))[1].append(heads)
-    return [_row("heads", label, counts, flavour or None) for (_, flavour), (label, counts) in found.items()]
+        for count, own in fewer.items():
+            rewrite, _ = family.label(header.config, own, flavour)
+            if rewrite is None:
+                continue
+            changes = {"num_attention_heads": own.heads, "num_key_value_heads": own.kv_heads, "head_dim": own.head_dim}
+            label = described(rewrite.config(family.with_units(header.config, changes)))
+            counts = found.setdefault((label.name, rewrite.flavour or ""), (label, []))[1]
+            if count not in counts:  # a label that every flavour gives
+                counts.append(count)
+    for (_, flavour), (label, counts) in found.items():
+        yield _row(option, label, counts, {**besides, **({"flavour": flavour} if flavour else {})})
 
 
-def _row(cut: str, family: Family, keep: list[int] | None = None, flavour: str | None = None) -> dict[str, Any]:
+def _unheard(key: str, message: str, hint: str | None = None) -> None:
+    """What a plan complains about: that it does is enough here."""
+    del key, message, hint
+
+
+def _row(
+    option: str, family: Family, keep: list[int] | None = None, besides: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     return {
-        "cut": cut,
+        "option": option,
         "keep": keep,
-        "flavour": flavour,
+        "besides": dict(besides or {}),
         "model_type": family.model_type,
         "architecture": family.architecture,
         "loaded_by": list(family.loaders),

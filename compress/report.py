@@ -103,7 +103,7 @@ class Screen(AbstractContextManager["Screen"]):
         """One `key: value` a line, a table of what can be cut, and one of who loads what is left."""
         if self._json:
             return self._document(found)
-        tables = [found.get(key) or () for key in ("groups", "cuts")]
+        tables = [found.get("groups") or (), [_told_cut(cut) for cut in found.get("cuts") or ()]]
         for key, value in found.items():
             if key not in ("groups", "cuts") and value is not None:
                 self._pair(key, value)
@@ -238,6 +238,8 @@ def _name(key: str) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
+    if key == "N":
+        return "any" if value is None else _runs(value)
     shown = _STAGE.get(key.removeprefix("reference_"))
     if shown is not None and not isinstance(value, str):
         return shown(value)
@@ -250,3 +252,28 @@ def _cell(key: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return str(value)
+
+
+def _told_cut(cut: Mapping[str, Any]) -> dict[str, Any]:
+    """A cut of `inspect` as a row: the option as it is typed."""
+    options = {cut["option"]: "N", **cut["besides"]}
+    typed = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items())
+    return {"option": typed, "N": cut["keep"], "written as": cut["model_type"], "loaded by": cut["loaded_by"]}
+
+
+def _runs(counts: Sequence[int]) -> str:
+    """Ascending counts; of four and more at equal distances the ends: 1-29, or 2, 4, ..., 30."""
+    runs: list[list[int]] = []
+    for count in counts:
+        run = runs[-1] if runs else []
+        if run and (len(run) == 1 or count - run[-1] == run[1] - run[0]):
+            run.append(count)
+        else:
+            runs.append([count])
+
+    def told(run: Sequence[int]) -> str:
+        if len(run) < 4:
+            return ", ".join(map(str, run))
+        return f"{run[0]}-{run[-1]}" if run[1] == run[0] + 1 else f"{run[0]}, {run[1]}, ..., {run[-1]}"
+
+    return ", ".join(map(told, runs))

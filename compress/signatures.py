@@ -25,12 +25,13 @@ class InspectedGroup(TypedDict):
 
 
 class InspectedCut(TypedDict):
-    """Who loads what a cut leaves. `keep`: the counts that may stay, None for any; `flavour`: the prune option that
-    gives this label, None where there is one only; `loaded_by`: stock transformers, and vLLM where that was proved."""
+    """What an `option` of prune can leave, and who loads that. `keep`: the counts that may stay, None for any;
+    `besides`: options that go with it, where several ways lead to different labels or counts; `loaded_by`: stock
+    transformers, and vLLM where that was proved."""
 
-    cut: str
+    option: str
     keep: list[int] | None
-    flavour: str | None
+    besides: dict[str, str]
     model_type: str
     architecture: str
     loaded_by: list[str]

@@ -78,9 +78,12 @@ class Tower:
         )
 
     def unlike(self, header: Header) -> str | None:
-        """Why the tensors of a checkpoint are not those of such a tower, of which any block can take the place of any
-        other; None where they are."""
-        sizes = self.sizes(header.config)
+        """Why a checkpoint's config or tensors are not those of such a tower, of which any block can take the place of
+        any other; None where they are."""
+        try:
+            sizes = self.sizes(header.config)
+        except UserError as error:
+            return error.message
         for name, shape in self._merger(sizes).items():
             spec = header.tensors.get(self.behind + name)
             if spec is None or spec.shape != shape:

@@ -9,7 +9,7 @@ EXAMPLE = "autoglm-compress inspect demo:smollm2-135m"
 
 @flat
 def inspect(model: Model, show: ScreenFlags) -> None:
-    """Show a model's sizes, bytes and the groups that can be cut. Reads no weight."""
+    """Show a model's sizes and bytes, what can be cut, and who loads what is left. Reads no weight."""
     screen = show.screen()
     from compress.inspect import inspect_model
 

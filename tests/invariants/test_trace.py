@@ -100,9 +100,10 @@ def test_quantize_and_evaluate_work_through_the_same_data(
 def test_inspect_says_that_it_was_traced(models: dict[str, Path]) -> None:
     found = compress.inspect(models["olmo2"])
     assert found["traced"] is True and found["loaded_by"] == ["stock transformers (Olmo2ForCausalLM)"]
-    assert [cut["cut"] for cut in found["cuts"]] == ["ffn"]
+    assert [cut["option"] for cut in found["cuts"]] == ["keep_ffn", "keep_layers"]
     shown = compress.inspect(models["nemotron"])
-    assert [(cut["cut"], cut["keep"]) for cut in shown["cuts"]] == [("heads", [2, 4, 6]), ("ffn", None)]
+    kept = {cut["option"]: cut["keep"] for cut in shown["cuts"]}
+    assert kept == {"keep_heads": [2, 4, 6], "keep_ffn": None, "keep_layers": [1, 2]}
 
 
 @pytest.mark.parametrize(

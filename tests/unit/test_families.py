@@ -5,6 +5,7 @@ The first test is the table of docs/families.md: a plan may write what stock tra
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from transformers import (
 from compress.arch import FAMILIES, FLAVOURS, described, family_of
 from compress.arch.rope import HALF_SPLIT, INTERLEAVED, arranged, head_order, rotary_rows, row_orders
 from compress.checkpoint.headers import Header, read_header
+from compress.data import DataSpec
 from compress.errors import UserError
 from compress.machine import Machine
 from compress.plan import make_plan
-from compress.recipe import loads
+from compress.recipe import Recipe, loads
+from compress.steps.prune.options import PruneOptions
 from compress.stream.stock import stock_config, stock_model
-from tests import sparse, tiny
+from tests import sight, sparse, tiny
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -292,32 +295,52 @@ def test_inspect_tells_what_can_be_cut_and_who_loads_it(tmp_path: Path) -> None:
     found = compress.inspect(sparse.glm41v_9b(tmp_path / "glm"))
     assert [(g["group"], g["step"], g["multiple"]) for g in found["groups"]] == [("heads", 2, 2), ("ffn", 1, 256)]
     even = list(range(2, 32, 2))
-    shown = [(cut["cut"], cut["flavour"], cut["keep"], cut["model_type"]) for cut in found["cuts"]]
+    portable, native, drop = {"flavour": "portable"}, {"flavour": "native"}, {"kv_merge": "drop"}
+    shown = [(cut["option"], cut["besides"], cut["keep"], cut["model_type"]) for cut in found["cuts"]]
     assert shown == [
-        ("heads", "portable", even, "glm46v"),
-        ("heads", "native", even, "glm4v"),
-        ("ffn", None, None, "glm4v"),
+        ("keep_heads", portable, even, "glm46v"),
+        ("keep_heads", native, even, "glm4v"),
+        ("keep_kv_heads", {}, [1], "glm4v"),
+        ("keep_kv_heads", drop | portable, [1], "glm46v"),
+        ("keep_kv_heads", drop | native, [1], "glm4v"),
+        ("keep_ffn", {}, None, "glm4v"),
+        ("keep_layers", {}, list(range(1, 40)), "glm4v"),
+        ("keep_vision_layers", {}, list(range(1, 24)), "glm4v"),
+        ("keep_vision_ffn", {}, None, "glm4v"),
     ]
-    assert [len(cut["loaded_by"]) for cut in found["cuts"]] == [2, 1, 2]
+    assert [len(cut["loaded_by"]) for cut in found["cuts"]] == [2, 1, 2, 2, 1, 2, 2, 2, 2]
     assert found["cuts"][1]["loaded_by"] == ["vLLM (its own class)"]
     assert found["loaded_by"][0] == "stock transformers (Glm4vForConditionalGeneration)"
     ten = sparse.llama(tmp_path / "ten", hidden_size=640, num_attention_heads=10, num_key_value_heads=1)
     cuts = compress.inspect(ten)["cuts"]
-    assert [(cut["keep"], cut["model_type"]) for cut in cuts] == [
+    assert [(cut["keep"], cut["model_type"]) for cut in cuts if cut["option"] in ("keep_heads", "keep_ffn")] == [
         ([1, 2, 4, 5, 8], "llama"),
         ([3, 6, 7, 9], "mistral"),
         (None, "llama"),
     ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_plan_does_what_inspect_says(name: str, models: dict[str, Path]) -> None:
+def test_inspect_tells_kv_heads_as_they_are_merged_and_dropped(tmp_path: Path) -> None:
     import compress
 
-    for cut in compress.inspect(models[name])["cuts"]:
-        for keep in cut["keep"] or [None]:
-            options = "keep_ffn: 40" if keep is None else f"keep_heads: {keep}, flavour: {cut['flavour'] or 'portable'}"
-            recipe = loads(f"model: {models[name]}\nsteps:\n  - prune: {{{options}}}\n")
+    cuts = compress.inspect(sparse.llama(tmp_path / "six", num_attention_heads=12, num_key_value_heads=6))["cuts"]
+    merged = [(cut["besides"], cut["keep"], cut["model_type"]) for cut in cuts if cut["option"] == "keep_kv_heads"]
+    drop = {"kv_merge": "drop"}
+    assert merged == [({}, [1, 2, 3], "llama"), (drop, [1, 2, 3, 4], "llama"), (drop, [5], "mistral")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_plan_does_what_inspect_says(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    import compress
+
+    model, source = models[name], "builtin"
+    if FAMILIES[name].tower:  # its layers are chosen on images
+        model, source = sight.can_see(Path(shutil.copytree(model, tmp_path / name))), str(sight.chats(tmp_path))
+    data = DataSpec(source=source, samples=4, length=64)
+    for cut in compress.inspect(model)["cuts"]:
+        for keep in cut["keep"] or [8]:
+            options = PruneOptions(**{cut["option"]: keep, **cut["besides"], "force": True})
+            recipe = Recipe.single("prune", str(model), options, data=data)
             (step,) = make_plan(recipe, Machine(1), check_machine=False).steps
             family = family_of(step.after)
             assert (family.model_type, family.architecture) == (cut["model_type"], cut["architecture"])

@@ -20,12 +20,12 @@ from compress.arch.rope import INTERLEAVED, Orders, arranged, rotary_rows
 from compress.checkpoint.headers import Header
 from compress.errors import UserError
 from compress.solve import Refit, damping_vector, refit_to
+from compress.steps.prune.options import ALIGNED
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream
 from compress.stream.statistics import Cross, Gram
 
 OUT = "self_attn.o_proj"
-ALIGNED = "aligned"
 FLOOR = 1e-6  # share of the largest weight that every direction has: what nothing reads must not be undefined
 TINY = 1e-30
 

@@ -158,7 +158,7 @@ LAYER_CRITERIA = {  # how decoder layers are chosen: name -> paper; compress/ste
 }
 
 
-KV_MERGES = ("mean", "aligned", "drop")
+KV_MERGES = (MEAN, ALIGNED, DROP) = ("mean", "aligned", "drop")
 
 
 class PruneOptions(StepOptions):
@@ -194,7 +194,7 @@ class PruneOptions(StepOptions):
         "12KiB: as many KV heads stay as fit.",
     )
     kv_merge: Annotated[str, *one_of("way to merge KV heads", KV_MERGES)] = Field(
-        "aligned",
+        ALIGNED,
         description="What becomes of KV heads: mean (averaged), aligned (turned towards each other, then the best "
         "common head) or drop (the least costly go, with their query heads).",
     )

@@ -34,7 +34,7 @@ from compress.steps.prune.inputs import FFN, look
 from compress.steps.prune.joint import activation_of, gated, joint_refit, written
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
-from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.options import DROP, PruneOptions
 from compress.steps.prune.plan import PrunePlan, layers_of
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
@@ -156,7 +156,7 @@ class _Pruner:
         heads = layers[0].sizes.kv_heads
         self.kv = kv_heads(layers[0].sizes, self.names)
         self.kv_left = plan.keep[0].get(KV_HEADS, heads)
-        dropped = heads - self.kv_left if options.kv_merge == "drop" else 0
+        dropped = heads - self.kv_left if options.kv_merge == DROP else 0
         self.dropping = {"heads": dropped} if dropped else {}  # group -> balance blocks that go as a whole
         self.merger = None if dropped or self.kv_left == heads else self._merger()
         self.merged: dict[str, dict[str, float]] = {}  # the errors of merging, by layer of the source

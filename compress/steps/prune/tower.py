@@ -76,14 +76,10 @@ def tower_left(
         for key in given:
             complain(key, f"a {family.name} {what}; vision towers of glm4v and glm46v are")
         return None
-    try:
-        sizes = tower.sizes(before.config)
-        unlike = tower.unlike(before)
-    except UserError as error:
-        sizes, unlike = tower.defaults, error.message
-    if unlike is not None:
+    if (unlike := tower.unlike(before)) is not None:
         complain(given[0], unlike)
         return None
+    sizes = tower.sizes(before.config)
     left = _sizes(tower, sizes, options, complain)
     if left is None or left.tower is None:
         return left

@@ -12,14 +12,14 @@ from compress.arch import Family, Sizes
 from compress.arch.kv import KV_HEADS, kv_heads
 from compress.checkpoint.headers import DTYPE_BYTES, Header
 from compress.checkpoint.per_layer import anchored
-from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.options import ALIGNED, DROP, MEAN, PruneOptions
 from compress.steps.prune.widths import Layer
 from compress.steps.types import Complain
 
 MERGED = {
-    "mean": "those in a row are averaged",
-    "aligned": "those in a row become the one that best stands for them",
-    "drop": "the least costly go, with the query heads that read them",
+    MEAN: "those in a row are averaged",
+    ALIGNED: "those in a row become the one that best stands for them",
+    DROP: "the least costly go, with the query heads that read them",
 }
 
 
@@ -81,7 +81,7 @@ def _kv_heads(
     """How many KV heads stay, and how that was found; None after a complaint. `sizes`: of the layers that stay, `deep`:
     how many there were."""
     keep, limit = options.keep_kv_heads, options.kv_cache_bytes
-    drop = options.kv_merge == "drop"
+    drop = options.kv_merge == DROP
     counts = [n for n in range(1, sizes.kv_heads + 1) if drop or sizes.kv_heads % n == 0]
     if limit is None:
         if keep is None or keep in counts:

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 
 from compress.arch import Group, Sizes
 from compress.arch.kv import KV_HEADS
-from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.options import DROP, PruneOptions
 from compress.steps.types import Complain
 
 WIDE = 2048  # hidden size from which FFN widths are multiples of 256 (GGUF K-quants, tensor parallelism, INT8 kernels)
@@ -209,7 +209,7 @@ def heads_rule(options: PruneOptions, decoder: Decoder, refuse: Complain) -> Cal
 def _with_kv_heads(options: PruneOptions, decoder: Decoder) -> Sizes:
     """The sizes of which query heads are taken: without those of KV heads that are dropped."""
     sizes = decoder.most_heads
-    if options.kv_merge != "drop" or not decoder.kv:
+    if options.kv_merge != DROP or not decoder.kv:
         return sizes
     keep = decoder.kv[KV_HEADS]
     return replace(sizes, heads=keep * sizes.group_size, kv_heads=keep)
