@@ -254,6 +254,18 @@ def test_a_missing_model_does_not_hide_what_else_is_wrong(tmp_path: Path) -> Non
     assert keys == ["model", "teacher", "data.training", "gates.max_kl"]
 
 
+def test_a_refit_on_documentation_alone_is_told(tmp_path: Path) -> None:
+    model, text = sparse.llama(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("some other prose\n" * 4000)
+    of = {"builtin": {}, "both": {"data": f"{{calibration: {{source: {{builtin: 1, {text}: 1}}, samples: 8}}}}"}}
+    of["text"] = {"data": f"{{calibration: {{source: {text}, samples: 8}}}}"}
+    for name, data in of.items():
+        (step,) = planned(model, "prune: {ffn: 0.2}", **data).steps
+        assert any(note.startswith("calibrated on builtin") for note in step.notes) == (name == "builtin")
+    (step,) = planned(model, "prune: {ffn: 0.2, criterion: magnitude, refit: false}").steps
+    assert not any(note.startswith("calibrated on builtin") for note in step.notes)  # it looks at no text
+
+
 def test_fewer_tokens_than_columns_are_refused_but_by_force(tmp_path: Path) -> None:
     model, data = sparse.llama(tmp_path / "model"), "{calibration: {samples: 2}}"
     (line,) = refusal(model, "prune: {ffn: 0.2}", data=data)
