@@ -228,7 +228,9 @@ class _Run:
         name, step = unit.steps[0]
         before = read_header(source)  # as planned, now with the places of its bytes, and what an earlier step found
         step = replace(step, before=before, after=family_of(step.after).with_lists(step.after, before.config))
-        self.progress.note(f"{unit.name}: {' and '.join(step.kind for _, step in unit.steps)}")
+        self.progress.note(f"{unit.name}: {' and '.join(planned.kind for _, planned in unit.steps)}")
+        for note in (note for _, planned in unit.steps for note in planned.notes):
+            self.progress.note(f"  {note}")  # what the plan warns of, for those who never asked for the plan
         ledger = Ledger(self.work.folder / f"{unit.name}.state", lambda: unit.key, self.place.checkpoint_every)
         written = Ledger(self.work.folder / f"{unit.name}.written", lambda: unit.key)
         job = Job(

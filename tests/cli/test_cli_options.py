@@ -314,3 +314,12 @@ def _module(name: str) -> Any:
     import importlib
 
     return importlib.import_module(name)
+
+
+def test_a_step_says_what_its_plan_warns_of(main: Main, tmp_path: Path) -> None:
+    model = str(tiny.llama(tmp_path / "model"))
+    line = "prune", model, "--ffn", "0.4", "--samples", "4", "--length", "32"
+    code, _, err = main(*line, "-o", str(tmp_path / "out"))
+    assert code == 0
+    assert "\n  refit: 1.3 calibration tokens per column (under 4: the refit will be poor; give more samples)\n" in err
+    assert main(*line, "-o", str(tmp_path / "quiet"), "-q")[::2] == (0, "")
