@@ -21,6 +21,7 @@ from compress.arch import Family, Sizes, family_of
 from compress.check import check_source
 from compress.checkpoint.digests import ahead, model_digest, model_files
 from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.ledger import EVERY, Ledger
 from compress.checkpoint.per_layer import one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.source import Source, locate
@@ -29,14 +30,16 @@ from compress.criteria import CRITERIA
 from compress.curves import DOCUMENT, FORMAT, TENSORS
 from compress.data import PADDING, DataSpec, check, expected_tokens, windows
 from compress.data.tokens import Tokens
-from compress.device import check_room_on, described, device_errors, device_of
+from compress.device import check_room_on, described, device_of
 from compress.errors import MachineError, UserError, size
 from compress.formats import is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, TAPE_BYTES, VOCAB_BYTES
 from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory
+from compress.needs import check_disk
 from compress.output import check_apart, check_out, locked, publish, work_folder
 from compress.plan import check_shapes
 from compress.receipt import LIBRARIES, measured_host, own_version
+from compress.resume import Work, data_key, folder_key, key_of, surroundings
 from compress.sensitivity import Sensitivity, load_sensitivity, optional
 from compress.sensitivity.measure import Measured, Settings, measure
 from compress.steps.prune.ahead import sight_memory
@@ -71,12 +74,18 @@ def measure_sensitivity(
     *,
     seed: int = 0,
     overwrite: bool = False,
+    fresh: bool = False,
+    discard: bool = False,
+    wait: bool = False,
+    checkpoint_every: float = EVERY,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Measure `model` and write the folder `out`; returns what it says, as `load_sensitivity` reads it.
 
-    Raises UserError before the first weight is read (everything that is wrong at once), MachineError where memory or
-    disk are too small; nothing of `out` exists then.
+    What an earlier analysis of the same left in OUT.work is taken over, unless `fresh`; an interrupted or failed one
+    leaves it there, unless `discard`: it is saved about every `checkpoint_every` seconds. `wait` for another run that
+    writes `out`. Raises UserError before the first weight is read (everything that is wrong at once), MachineError
+    where memory or disk are too small; nothing of `out` exists then.
     """
     told = progress or Silent()
     check_out(out, overwrite, DOCUMENT)
@@ -84,21 +93,30 @@ def measure_sensitivity(
         _check_pictures()
     asked = _asked(model, data, options, seed, told)
     check_apart(out, [asked.source])
-    _check_room(asked, machine)
+    _check_room(asked, machine, out)
     torch.set_num_threads(machine.threads)
     started = time.time()
-    with locked(out), device_errors():
-        work = work_folder(out, fresh=True)
-        try:
-            _write(asked, work, machine, started, told)
-            publish(work / "result", out)
+    with locked(out, (lambda: told.note(f"{out}: another run is writing it; waiting")) if wait else None):
+        if wait:
+            check_out(out, overwrite, DOCUMENT)  # the other run may have made it
+        work = Work(work_folder(out, fresh))
+        ledger = Ledger(work.folder / "analysis.state", lambda: _key(asked, machine), checkpoint_every)
+        with work.keeping(discard):
+            result = _write(asked, work.folder, machine, ledger, started, told)
+            publish(result, out)
             sync(out.parent)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        work.remove()
     return load_sensitivity(out)
 
 
-def _write(asked: _Asked, work: Path, machine: Machine, started: float, progress: Progress) -> None:
+def _key(asked: _Asked, machine: Machine) -> str:
+    """Digest of all that the numbers depend on."""
+    options = asked.options.model_dump(mode="json", exclude={"pictures", "force"})
+    model, data = folder_key(asked.source.folder), data_key(asked.data)
+    return key_of({"model": model, "data": data, "options": options} | surroundings(machine, asked.seed))
+
+
+def _write(asked: _Asked, work: Path, machine: Machine, ledger: Ledger, started: float, progress: Progress) -> Path:
     """WORK/result, whole."""
     folder, device = asked.source.folder, device_of(machine)
     ahead(model_files(folder))
@@ -110,8 +128,11 @@ def _write(asked: _Asked, work: Path, machine: Machine, started: float, progress
     chosen = asked.options
     settings = Settings(chosen.criterion, chosen.damping, asked.seed, chosen.gradient_samples)
     with Reader(folder, asked.header, device) as reader:
-        found = measure(reader, asked.family, ids, settings, progress, scratch=work, sight=sight_of(tokens))
+        found = measure(
+            reader, asked.family, ids, settings, progress, scratch=work, sight=sight_of(tokens), ledger=ledger
+        )
     result = work / "result"
+    shutil.rmtree(result, ignore_errors=True)  # of a run that was killed while it wrote
     tensors = save(found.tensors, metadata={"format": "pt"})
     document = _document(asked, found, tokens, tensors, machine)
     measured = {**measured_host(machine, started), "memory_peak": peak_memory()}
@@ -126,6 +147,7 @@ def _write(asked: _Asked, work: Path, machine: Machine, started: float, progress
             task.advance()
     for path in sorted(result.rglob("*")):
         sync(path)
+    return result
 
 
 def _document(asked: _Asked, found: Measured, tokens: Tokens, tensors: bytes, machine: Machine) -> dict[str, Any]:
@@ -211,7 +233,7 @@ def _asked(model: str, data: DataSpec, options: SensitivityOptions, seed: int, p
     return _Asked(source, header, family, data, options, seed)
 
 
-def _check_room(asked: _Asked, machine: Machine) -> None:
+def _check_room(asked: _Asked, machine: Machine, out: Path) -> None:
     """MachineError where what is alive at once would not fit: hidden states, a layer and its graph, its Grams, the
     factor and its inverse, the inputs of all layers that the backward pass keeps in memory, the vision tower."""
     sizes = asked.sizes
@@ -234,5 +256,7 @@ def _check_room(asked: _Asked, machine: Machine) -> None:
             hint="fewer --samples or a smaller --length need less",
         )
     check_room_on(machine, needed)
+    tape, state = taped * sizes.layers, 4 * tokens * sizes.hidden  # a state replaces the one before it once it is whole
+    check_disk((tape if tape > TAPE_BYTES else 0) + 2 * state, out, "the analysis")
     for author in authors_of({"calibration": asked.data}, ["calibration"], asked.header, None).values():
         author.check(machine)

@@ -186,6 +186,10 @@ def measure_sensitivity(
     data: Data | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    fresh: bool = False,
+    discard: bool = False,
+    wait: bool = False,
+    checkpoint_every: float = 60.0,
     machine: Machine | None = None,
     progress: Progress | None = None,
     **options: Unpack[SensitivityKeywords],
@@ -194,7 +198,8 @@ def measure_sensitivity(
     `out`; returns what `load_sensitivity(out)` reads.
 
     `data` is the calibration text, as in `prune`. Options: criterion, damping, gradient_samples (windows of the
-    backward pass), pictures. Raises UserError for wrong input, MachineError where memory or disk are too small.
+    backward pass), pictures. The other keywords are those of `run`: an interrupted analysis goes on where it stood.
+    Raises UserError for wrong input, MachineError where memory or disk are too small.
     """
     from compress.steps.prune.measuring import SensitivityOptions
 
@@ -208,7 +213,20 @@ def measure_sensitivity(
 
         place, limits = Path(out).expanduser(), machine or Machine.detect()
         spec = _data(data, "calibration")
-        return measure(str(model), place, spec, chosen, limits, seed=seed, overwrite=overwrite, progress=progress)
+        return measure(
+            str(model),
+            place,
+            spec,
+            chosen,
+            limits,
+            seed=seed,
+            overwrite=overwrite,
+            fresh=fresh,
+            discard=discard,
+            wait=wait,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
 
 
 def load_receipt(folder: str | Path) -> Receipt:

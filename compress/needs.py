@@ -95,12 +95,17 @@ def check_room(
             hint="; ".join(filter(None, (_what_helps(found.largest, name), more))),
         )
     check_room_on(machine, found.memory)
-    folder = (out or Path.cwd()).absolute()
+    check_disk(found.disk, out or Path.cwd(), "the plan")
+
+
+def check_disk(needed: int, place: Path, what: str) -> None:
+    """MachineError where fewer bytes are free than `what` needs at `place`, which need not exist."""
+    folder = place.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if found.disk > free:
-        raise MachineError(f"the plan needs {size(found.disk)} of disk, {folder} has {size(free)} free")
+    if needed > free:
+        raise MachineError(f"{what} needs {size(needed)} of disk, {folder} has {size(free)} free")
 
 
 def _what_helps(largest: Share, name: Callable[[str], str]) -> str:

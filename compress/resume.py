@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -23,8 +24,8 @@ from compress.checkpoint.headers import read_header
 from compress.checkpoint.ledger import Ledger
 from compress.checkpoint.writer import CARRIED, disk_errors, sync
 from compress.data import DataSpec, commits, pictures_of
-from compress.device import described, device_of, precision_of
-from compress.errors import size
+from compress.device import described, device_errors, device_of, precision_of
+from compress.errors import GateError, MachineError, UserError, size
 from compress.machine import Machine, Progress
 from compress.plan import Plan
 from compress.receipt import LIBRARIES
@@ -43,7 +44,7 @@ class Unit:
     @cached_property
     def key(self) -> str:
         """Digest of all that its bytes depend on; the first to ask may wait for the digests of large files."""
-        return _key(self.made_from())
+        return key_of(self.made_from())
 
     @property
     def last(self) -> int:
@@ -69,6 +70,28 @@ class Work:
             return None
         held = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         return f"finished work is kept in {self.folder} ({size(held)})"
+
+    @contextmanager
+    def keeping(self, discard: bool) -> Iterator[None]:
+        """What becomes of the folder where the work inside fails: kept if a later run can go on from there, unless
+        `discard`. The hint of an error, and KeyboardInterrupt, then carry a line on it."""
+        try:
+            with device_errors():
+                yield
+        except GateError:
+            self.remove()
+            raise
+        except (UserError, MachineError) as error:
+            # a wrong input is mended before the next run: only whole steps can be of use to it
+            useful = self.finished_steps() if isinstance(error, UserError) else self.holds_something()
+            if kept := self.kept(useful and not discard):
+                error.hint = f"{error.hint}; {kept}" if error.hint else f"{kept}: the same command goes on from there"
+            raise
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self.kept(self.holds_something() and not discard) or "") from None
+        except BaseException:
+            self.kept(self.holds_something() and not discard)
+            raise
 
     def record(self, unit: Unit) -> dict[str, Any] | None:
         """What was recorded about a finished unit; None if it was made from something else."""
@@ -139,7 +162,7 @@ def carry_scores(source: Path, target: Path) -> None:
 
 def units(plan: Plan, machine: Machine, shard_bytes: int) -> tuple[Unit, ...]:
     """The plan's steps as they are carried out, each with its key; the key of one is part of the next one's."""
-    base = _base(plan, machine, shard_bytes)
+    base = surroundings(machine, plan.recipe.seed) | {"shard_bytes": shard_bytes}
     names = [f"{index + 1}-{step.kind}" for index, step in enumerate(plan.steps)]
     made: list[Unit] = []
     for group in plan.passes:
@@ -162,7 +185,7 @@ def _step(plan: Plan, name: str, step: StepPlan) -> dict[str, Any]:
         "options": step.options.model_dump(mode="json"),
         "made_with": dict(step.made_with),
         "data": None if spec is None else data_key(spec),
-        "teacher": _folder(plan.teacher.folder) if learns and plan.teacher else None,
+        "teacher": folder_key(plan.teacher.folder) if learns and plan.teacher else None,
     }
 
 
@@ -181,13 +204,14 @@ def hash_sources(plan: Plan) -> None:
 
 def source_key(plan: Plan) -> str:
     """Digest of the files of the recipe's model."""
-    return _folder(plan.source.folder)
+    return folder_key(plan.source.folder)
 
 
 def evaluation_key(plan: Plan, machine: Machine, stage: str) -> str:
     """Key of one measurement: of the folder made under the key `stage`, against the recipe's model."""
     spec = plan.recipe.data.evaluation
-    return _key({"stage": stage, "base": _base(plan, machine, 0), "input": source_key(plan), "data": data_key(spec)})
+    base = surroundings(machine, plan.recipe.seed)
+    return key_of({"stage": stage, "base": base, "input": source_key(plan), "data": data_key(spec)})
 
 
 def data_key(spec: DataSpec) -> dict[str, Any]:
@@ -203,7 +227,8 @@ def data_key(spec: DataSpec) -> dict[str, Any]:
     return {"spec": spec.model_dump(mode="json"), "files": files, "commits": commits(spec)}
 
 
-def _base(plan: Plan, machine: Machine, shard_bytes: int) -> dict[str, Any]:
+def surroundings(machine: Machine, seed: int) -> dict[str, Any]:
+    """What the bytes of a result depend on besides its input and its options."""
     device = device_of(machine)
     return {
         "code": _code(),
@@ -211,14 +236,13 @@ def _base(plan: Plan, machine: Machine, shard_bytes: int) -> dict[str, Any]:
         "device": described(device),
         "precision": precision_of(device).reason,
         "threads": machine.threads,
-        "seed": plan.recipe.seed,
-        "shard_bytes": shard_bytes,
+        "seed": seed,
     }
 
 
-def _folder(folder: Path) -> str:
+def folder_key(folder: Path) -> str:
     """Digest of all that a step reads of a checkpoint."""
-    return _key([(file.name, digest(file)) for file in _files(folder)])
+    return key_of([(file.name, digest(file)) for file in _files(folder)])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -231,10 +255,11 @@ def _files(folder: Path) -> list[Path]:
 @cache
 def _code() -> str:
     root = Path(__file__).parent
-    return _key(
+    return key_of(
         [(str(path.relative_to(root)), path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))]
     )
 
 
-def _key(content: Mapping[str, Any] | Sequence[Any]) -> str:
+def key_of(content: Mapping[str, Any] | Sequence[Any]) -> str:
+    """Digest of JSON data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -26,8 +26,8 @@ from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.ledger import EVERY, Ledger
 from compress.checkpoint.writer import sync
-from compress.device import device_errors, device_of, peak_of, reset_peak
-from compress.errors import GateError, MachineError, UserError
+from compress.device import device_of, peak_of, reset_peak
+from compress.errors import GateError, UserError
 from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory, resident_memory, torch_threads
 from compress.output import check_apart, check_out, locked, publish, rejected, work_folder
 from compress.plan import Plan, make_plan
@@ -91,22 +91,8 @@ def run(
         place = _Place(out, keep_work, shard_bytes, stop_after, checkpoint_every)
         execution = _Run(plan, place, work, machine, progress)
         try:
-            with device_errors():
+            with work.keeping(discard):
                 result = execution.finish()
-        except GateError:
-            work.remove()
-            raise
-        except (UserError, MachineError) as error:
-            # a wrong input is mended before the next run: only whole steps can be of use to it
-            useful = work.finished_steps() if isinstance(error, UserError) else work.holds_something()
-            if kept := work.kept(useful and not discard):
-                error.hint = f"{error.hint}; {kept}" if error.hint else f"{kept}: the same command goes on from there"
-            raise
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(work.kept(work.holds_something() and not discard) or "") from None
-        except BaseException:
-            work.kept(work.holds_something() and not discard)
-            raise
         finally:
             execution.close()
         if result.receipt:

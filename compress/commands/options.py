@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -25,7 +25,7 @@ from rich.markup import escape
 from compress.complaints import explain
 from compress.data import KINDS, DataSpec, parse_sources
 from compress.device import CHOICES
-from compress.errors import UserError, did_you_mean
+from compress.errors import Interrupted, UserError, did_you_mean
 from compress.machine import Machine, cores
 from compress.recipe import part_default
 from compress.report import Screen
@@ -120,43 +120,63 @@ class MachineFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunFlags:
-    """How a result is put in place."""
+class PlaceFlags:
+    """How a result is put in place, and what becomes of work that was not finished."""
 
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.", **_OUTPUT)] = False
-    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the steps' folders in OUT.work.", **_OUTPUT)] = (
-        False
-    )
-
-    shard_size: Annotated[
-        str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file, as in 2GB.", **_OUTPUT)
-    ] = "5GB"
-
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; take nothing from OUT.work.", **_OUTPUT)] = False
     discard: Annotated[
         bool, typer.Option("--discard", help="Keep nothing in OUT.work when the run fails.", **_OUTPUT)
     ] = False
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another run that writes OUT.", **_OUTPUT)] = False
-    stop_after: Annotated[
-        str | None, typer.Option("--stop-after", metavar="N", help="End after N steps; keep OUT.work.", **_OUTPUT)
-    ] = None
     checkpoint_every: Annotated[
         str,
         typer.Option("--checkpoint-every", metavar="S", help="Seconds between the saved states of a step.", **_OUTPUT),
     ] = "60"
 
     def arguments(self) -> dict[str, Any]:
-        """As keywords of `compress.run.run`."""
+        """As keywords of what writes OUT."""
         return {
             "overwrite": self.overwrite,
-            "keep_work": self.keep_work,
             "fresh": self.fresh,
             "discard": self.discard,
             "wait": self.wait,
-            "stop_after": None if self.stop_after is None else whole("--stop-after", self.stop_after, 1, 999),
             "checkpoint_every": float(whole("--checkpoint-every", self.checkpoint_every, 0, 10**6)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags(PlaceFlags):
+    """The same of a run with steps."""
+
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the steps' folders in OUT.work.", **_OUTPUT)] = (
+        False
+    )
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file, as in 2GB.", **_OUTPUT)
+    ] = "5GB"
+    stop_after: Annotated[
+        str | None, typer.Option("--stop-after", metavar="N", help="End after N steps; keep OUT.work.", **_OUTPUT)
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As keywords of `compress.run.run`."""
+        return super().arguments() | {
+            "keep_work": self.keep_work,
+            "stop_after": None if self.stop_after is None else whole("--stop-after", self.stop_after, 1, 999),
             "shard_bytes": parse_size(self.shard_size, "--shard-size"),
         }
+
+
+@contextlib.contextmanager
+def told_what_is_kept() -> Iterator[None]:
+    """Interrupted in the place of a KeyboardInterrupt that says what a later run can take over: Typer would lose it."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if not str(stopped):
+            raise
+        raise Interrupted(str(stopped)) from None
 
 
 @dataclasses.dataclass(frozen=True)

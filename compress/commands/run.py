@@ -15,8 +15,9 @@ from compress.commands.options import (
     RunFlags,
     ScreenFlags,
     flat,
+    told_what_is_kept,
 )
-from compress.errors import GateError, Interrupted
+from compress.errors import GateError
 from compress.recipe import Recipe, find, load
 from compress.steps import STEPS
 from compress.steps.types import StepOptions
@@ -71,7 +72,7 @@ def run_recipe(
     from compress.run import run as carry_out
 
     try:
-        with screen:
+        with told_what_is_kept(), screen:
             result = carry_out(
                 recipe,
                 out,
@@ -80,10 +81,6 @@ def run_recipe(
                 where=where,
                 **place.arguments(),
             )
-    except KeyboardInterrupt as stopped:
-        if not str(stopped):
-            raise
-        raise Interrupted(str(stopped)) from None  # Typer would lose what it says
     except GateError as failed:
         if isinstance(failed.result, Result):
             screen.result(failed.result, failed)  # the numbers that the gate looked at

@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands.options import DataFlags, MachineFlags, ScreenFlags, flat
+from compress.commands.options import (
+    DataFlags,
+    MachineFlags,
+    PlaceFlags,
+    ScreenFlags,
+    flat,
+    told_what_is_kept,
+)
 from compress.errors import UserError
 from compress.report import Screen
 from compress.steps.prune.measuring import SensitivityOptions
@@ -24,9 +31,8 @@ Measured = Annotated[
     ),
 ]
 Out = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False, **_OUTPUT)
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False, **_OUTPUT)
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it exists.", **_OUTPUT)]
 Against = Annotated[
     list[Path] | None,
     typer.Option(
@@ -49,11 +55,11 @@ Cut = Annotated[
 def sensitivity(
     options: SensitivityOptions,
     data: DataFlags,
+    place: PlaceFlags,
     machine: MachineFlags,
     show: ScreenFlags,
     model: Measured = None,
     output: Out = None,
-    overwrite: Overwrite = False,
     against: Against = None,
     compare: Compare = None,
     cut: Cut = "0.25",
@@ -62,7 +68,7 @@ def sensitivity(
     screen = show.screen()
     if sum((compare is not None, bool(against), output is not None)) > 1 or (compare is None) == (model is None):
         raise UserError(
-            "found other arguments than these, allowed: MODEL -o DIR, DIR, DIR --against RESULT, or --compare A B"
+            "found other arguments than these, allowed: MODEL -o OUT, DIR, DIR --against RESULT, or --compare A B"
         )
     if compare is not None:
         _compare(screen, *compare, cut)
@@ -72,15 +78,15 @@ def sensitivity(
         machine.note(screen)
         from compress.api import measure_sensitivity
 
-        with screen:
+        with told_what_is_kept(), screen:
             found = measure_sensitivity(
                 model,
                 output,
                 data=data.spec("calibration"),
                 seed=data.seed_number(),
-                overwrite=overwrite,
                 machine=limits,
                 progress=screen.progress,
+                **place.arguments(),
                 **options.model_dump(),
             )
         _show(screen, found, output)
@@ -89,7 +95,7 @@ def sensitivity(
 
         folder = Path(str(model)).expanduser()
         if not folder.is_dir():
-            raise UserError(f"{model}: no folder to show", hint="give -o DIR to measure a model")
+            raise UserError(f"{model}: no folder to show", hint="give -o OUT to measure a model")
         found = load_sensitivity(folder)
         if against:
             _against(screen, found, folder, against, pictures=options.pictures)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ import torch
 from torch import nn
 
 from compress.arch import Family, Group
+from compress.checkpoint.ledger import Ledger
 from compress.checkpoint.reader import Reader
 from compress.criteria import CRITERIA, Ranking, ranking_of
 from compress.errors import UserError
 from compress.machine import Progress
 from compress.sensitivity import removal_order
 from compress.solve import Elimination, damping_vector
+from compress.steps.prune.gradients import restored
+from compress.steps.prune.gradients import tensors as saved
 from compress.steps.prune.surgery import columns, view
 from compress.steps.prune.widths import width_multiple
 from compress.stream import GRADIENTS, Statistic
-from compress.stream.backward import BLIND, gradients
+from compress.stream.backward import BLIND, Found, gradients
 from compress.stream.calls import listens
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, check_numbers, compute_dtype
@@ -79,6 +82,7 @@ def measure(
     progress: Progress,
     scratch: Path | None = None,
     sight: Sight = BLIND,
+    ledger: Ledger | None = None,
 ) -> Measured:
     """Measure the checkpoint of `reader`, where it reads, on the windows `ids` [N, L]; `sight`: images in them.
 
@@ -86,7 +90,8 @@ def measure(
     after the least-squares refit, f the diagonal of the Fisher matrix E[g g^T] of those outputs, g the gradient of the
     loss summed over tokens (the second-order term of Hassibi & Stork 1993, as Kwon et al. 2022, eq. 4 take it for
     masks; off-diagonal terms, and those between layers, are left out). `scratch`: a folder for the layers' inputs,
-    where they are many. Raises UserError for activations that are no numbers, and as `Stream` and `gradients`.
+    where they are many. `ledger`: where an earlier run has left what it measured, and this one does. Raises UserError
+    for activations that are no numbers, and as `Stream` and `gradients`.
     """
     dtype, why = compute_dtype(reader.header.dtype, reader.device)
     stream = Stream(reader, family, dtype=dtype)
@@ -94,29 +99,54 @@ def measure(
     config = reader.header.text_config
     groups = [family.groups(sizes, config) for sizes in family.layers(reader.header)]
     needs = CRITERIA[settings.criterion].needs
-    some = ids[: settings.gradient_samples]
-    slopes = gradients(
-        stream,
-        some,
-        groups,
-        (needs & GRADIENTS) | {"output_fisher"},
-        scratch=scratch,
-        progress=progress,
-        sight=sight.first(len(some)),
-    )
-    fed = Fed(stream.embed(ids), sight.weights, token_positions(stream, ids, sight.images))
-    show(stream, fed.hidden, ids, sight.images, progress)
-    tensors: Tensors = {}
-    layers: list[dict[str, Any]] = []
+    done = _Done.left_in(ledger, stream.layers)
+    if done is None:
+        some = ids[: settings.gradient_samples]
+        wanted = (needs & GRADIENTS) | frozenset[Statistic]({"output_fisher"})
+        seen = sight.first(len(some))
+        slopes = gradients(stream, some, groups, wanted, scratch=scratch, progress=progress, sight=seen)
+        done = _Done(slopes, stream.embed(ids))
+        show(stream, done.hidden, ids, sight.images, progress)
+        done.save(ledger)
+    else:
+        progress.note(f"going on after {len(done.layers)} layers, where an earlier run ended")
+    fed = Fed(done.hidden, sight.weights, token_positions(stream, ids, sight.images))
     with progress.task("measuring layers", stream.layers) as task:
-        for index in range(stream.layers):
-            found = _Layer(reader, stream, groups[index], index, settings).measure(
-                fed, slopes[index], needs - GRADIENTS
-            )
-            tensors |= found.tensors
-            layers += found.layers
+        task.advance(len(done.layers))
+        for index in range(len(done.layers), stream.layers):
+            measurer = _Layer(reader, stream, groups[index], index, settings)
+            found = measurer.measure(fed, done.slopes[index], needs - GRADIENTS)
+            done.tensors |= found.tensors
+            done.layers += found.layers
+            done.slopes[index] = {}
+            done.save(ledger)
             task.advance()
-    return Measured(tensors, layers, why)
+    return Measured(done.tensors, done.layers, why)
+
+
+@dataclass
+class _Done:
+    """What was measured so far. `slopes`: statistics of the backward pass, of the layers to come; `hidden`: what goes
+    into the first of those; `tensors`, `layers`: as in `Measured`."""
+
+    slopes: Found
+    hidden: torch.Tensor
+    tensors: Tensors = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def left_in(cls, ledger: Ledger | None, count: int) -> _Done | None:
+        """What an earlier run of a model of `count` layers has left."""
+        state = None if ledger is None else ledger.load()
+        if state is None:
+            return None
+        tensors = {name: value for name, value in state.tensors.items() if name.startswith("layers.")}
+        return cls(restored(state.tensors, count), state.tensors["hidden"], tensors, state.facts["layers"])
+
+    def save(self, ledger: Ledger | None) -> None:
+        """Leave it for a later run, if it is time."""
+        if ledger is not None and ledger.due():
+            ledger.save({"layers": self.layers}, {**self.tensors, **saved(self.slopes), "hidden": self.hidden})
 
 
 class _Layer:

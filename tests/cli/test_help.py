@@ -7,6 +7,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,23 @@ def run(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_help_takes_under_half_a_second_of_processor_time() -> None:
-    spent = []
-    for _ in range(3):
+def spent(work: Callable[[], subprocess.CompletedProcess[str]]) -> float:
+    """Processor seconds of the processes that `work` waits for, the least of three: other tests run meanwhile."""
+
+    def once() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run("--help")
+        done = work()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0 and not done.stderr
-    assert min(spent) < 0.5, spent  # processor time: other tests run at the same time
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return min(once() for _ in range(3))
+
+
+def test_help_takes_under_half_a_second_of_processor_time() -> None:
+    libraries = [sys.executable, "-c", "import typer.rich_utils, pydantic, yaml"]
+    if (taken := spent(lambda: run("--help"))) >= 0.5:  # or, on a slow machine, three times what its libraries take
+        assert taken < 3 * spent(lambda: subprocess.run(libraries, capture_output=True, text=True, check=False))
 
 
 def test_help_lists_every_command_and_no_command_is_help() -> None:

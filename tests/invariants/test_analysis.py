@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress import analysis
+from compress.checkpoint.ledger import Ledger
 from compress.cli import main
 from compress.curves import read_curves
 from compress.data import DataSpec, windows
 from compress.errors import UserError
-from compress.output import MARK
 from compress.sensitivity import Sensitivity, load_sensitivity, measure, removal_order
 from compress.sensitivity.compare import compare, spearman
 from compress.sensitivity.heat import WIDTH, heat_map
@@ -285,20 +286,74 @@ def test_overwrite_replaces_an_analysis(source: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
-def test_interrupted_it_leaves_nothing_and_starts_over(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("owner", "name", "at", "left"),
+    [
+        (Ledger, "save", 1, 3),  # after the backward pass
+        (Ledger, "save", 3, 1),
+        (measure._Layer, "measure", 2, 2),  # measured, and not yet kept
+        (analysis, "_document", 1, 0),
+    ],
+)
+def test_interrupted_anywhere_it_goes_on_and_ends_with_the_same_bytes(
+    owner: Any,
+    name: str,
+    at: int,
+    left: int,
+    source: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["sensitivity", str(source), "-o", str(tmp_path / "x"), "--no-pictures", *FLAGS]
+    out = tmp_path / "x"
+    line = ["sensitivity", str(source), "-o", str(out), "--criterion", "obs", "--seed", "3", *FLAGS]
     with monkeypatch.context() as patched:
-        interrupt(patched, measure._Layer, "measure", 2)
-        assert main(arguments) == 130
+        interrupt(patched, owner, name, at)
+        assert main([*line, "--checkpoint-every", "0"]) == 130
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("error: interrupted\nhint: finished work is kept in") and "to go on: autoglm-compress" in said
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["x.work"]
+    (tmp_path / "x.work" / "result").mkdir(exist_ok=True)  # as one that is killed while it writes leaves it
+    (tmp_path / "x.work" / "result" / "sensitivity.json").write_text("{")
+    done: list[int] = []
+    real = measure._Layer.measure
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        done.append(self.index)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(measure._Layer, "measure", counted)
+    monkeypatch.setattr(measure, "gradients", None)  # it is not taken again
+    assert main(line) == 0
+    assert done == list(range(3 - left, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    for each in ("sensitivity.json", "sensitivity.safetensors"):
+        assert (out / each).read_bytes() == (folder / each).read_bytes()
+
+
+def test_what_is_left_of_another_analysis_is_not_taken_over(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["sensitivity", str(source), "-o", str(tmp_path / "x"), *FLAGS]
+    with monkeypatch.context() as patched:
+        interrupt(patched, Ledger, "save", 2)
+        assert main([*line, "--criterion", "wanda", "--seed", "3", "--checkpoint-every", "0"]) == 130
+    assert main([*line, "--criterion", "obs", "--seed", "3"]) == 0
+    tensors = "sensitivity.safetensors"
+    assert (tmp_path / "x" / tensors).read_bytes() == (folder / tensors).read_bytes()
+
+
+@pytest.mark.parametrize("more", [["--checkpoint-every", "1000"], ["--checkpoint-every", "0", "--discard"]])
+def test_where_nothing_is_kept_nothing_is_left(
+    more: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(monkeypatch, measure._Layer, "measure", 2)
+    assert main(["sensitivity", str(source), "-o", str(tmp_path / "x"), "--no-pictures", *FLAGS, *more]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "x.work" / "result").mkdir(parents=True)  # as a killed one leaves it
-    (tmp_path / "x.work" / "result" / "sensitivity.json").write_text("{")
-    (tmp_path / "x.work" / MARK).touch()
-    assert main(arguments) == 0 and load_sensitivity(tmp_path / "x").criterion == "wanda"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
 def test_activations_that_overflow_name_their_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
