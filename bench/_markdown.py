@@ -25,17 +25,21 @@ def described(text: str) -> str:
 
 
 def provenance(rows: list[Row]) -> str:
-    """Machines, versions and dates of the rows, each combination once."""
-    seen: dict[str, list[str]] = {}
+    """Machines, versions and dates of the rows, each machine with its versions once; behind them the commits."""
+    seen: dict[str, tuple[list[str], list[str]]] = {}
     for row in rows:
-        host = row["machine"]
+        host, made = row["machine"], dict(row["versions"])
+        commit = made.pop("commit", "unknown")
         where = f"{host['cpu']}, {host['cores']} cores, {host['memory'] / 2**30:.0f} GiB"
-        what = ", ".join(f"{name} {value}" for name, value in row["versions"].items())
-        seen.setdefault(f"{where}; {what}", []).append(row["date"][:10])
+        what = ", ".join(f"{name} {value}" for name, value in made.items())
+        dates, commits = seen.setdefault(f"{where}; {what}", ([], []))
+        dates.append(row["date"][:10])
+        commits.append(commit)
     lines = []
-    for text, dates in seen.items():
+    for text, (dates, commits) in seen.items():
         span = min(dates) if min(dates) == max(dates) else f"{min(dates)} to {max(dates)}"
-        lines.append(f"Measured {span} on {text}.\n")
+        noun = "commit" if len(set(commits)) == 1 else "commits"
+        lines.append(f"Measured {span} on {text}; {noun} {', '.join(dict.fromkeys(commits))}.\n")
     return "\n".join(lines)
 
 

@@ -77,6 +77,9 @@ taken, the standard error over the judged windows in percent. All methods cut to
 Wanda-sp and Minitron's importance are our own criteria without the refit; FLAP with its biases and LLM-Pruner's score
 are re-implemented; Torch-Pruning is its own code, FFN only. FLAP's biases on o_proj and down_proj have no slot in stock
 Llama: its model lives in memory only.
+Judged in the stored bfloat16, on processors that emulate it in float32 (`judged_in` of a row).
+
+![perplexity after 20 % are gone: our default beside peers, and by what was calibrated on](pictures/pruning.png)
 """
 
 
@@ -110,7 +113,7 @@ def _one_setting(texts: tuple[str, ...], setting: str, rows: list[Row]) -> str:
     for calibration, title in CALIBRATED.items():
         if any(cell[0] == calibration for cell in cells):
             parts.append(f"**Calibrated on {title}**\n\n{_ratios_table(cells, calibration, texts)}")
-    parts.append("".join(_pruning_verdicts(cells, texts)) + _far_table(cells, texts[1:]))
+    parts.append(_musts_table(cells, texts) + _far_table(cells, texts[1:]))
     return "\n".join(parts)
 
 
@@ -137,29 +140,45 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _pruning_verdicts(cells: Cells, texts: tuple[str, ...]) -> Iterable[str]:
-    """The best method of a calibration on WikiText-2 against what is to be met there and on every far text, FFN alone;
-    then widths by layer."""
+def _musts_table(cells: Cells, texts: tuple[str, ...]) -> str:
+    """What is to be met on WikiText-2 and on every far text, and what was found; FFN alone."""
+    body = []
+    for what, found, most, most_far in _musts(cells, texts):
+        limits = f"{most:g}" if most_far is None else f"{most:g}; far {most_far:g}"
+        asked = [most, *[most_far] * (len(texts) - 1)]
+        met = (
+            "" if limit is None else f"{found[text]:.3f}{'' if found[text] <= limit else ' **missed**'}"
+            for text, limit in zip(texts, asked, strict=True)
+        )
+        body.append((what, limits, *met))
+    return "What is to be met, times dense:\n\n" + table(("", "at most", *texts), body) if body else ""
+
+
+Must = tuple[str, dict[str, float], float, float | None]  # what, times dense by text, at most on WikiText-2, on others
+
+
+def _musts(cells: Cells, texts: tuple[str, ...]) -> Iterable[Must]:
+    """The best method of a calibration on WikiText-2, of uniform widths and, where far texts count, of widths by layer;
+    then every method with widths by layer that is calibrated on WikiText-2."""
+
+    def means(rows: list[Row]) -> dict[str, float]:
+        return {text: _mean([row["ratio"][text] for row in rows]) for text in texts}
+
     for (calibration, ratio), musts in PRUNING_MUST.items():
         for by_layer in (False, True)[: 1 if musts[1] is None else 2]:
             found = {
-                cell[1]: {text: _mean([row["ratio"][text] for row in rows]) for text in texts}
+                cell[1]: means(rows)
                 for cell, rows in cells.items()
                 if (cell[0], *cell[2:]) == (calibration, "ffn", ratio) and (cell[1] in BY_LAYER) == by_layer
             }
             if not found:
                 continue
             method = min(found, key=lambda name: found[name]["wikitext"])
-            what = f"{CALIBRATED[calibration]}, {ratio:.0%}, {METHODS[method]}"
-            yield verdict(f"{what}: WikiText-2", found[method]["wikitext"], musts[0], "times dense", 3)
-            if (most_far := musts[1]) is not None:
-                for text in texts[1:]:
-                    yield verdict(f"{what}: {text}", found[method][text], most_far, "times dense", 3)
+            yield f"{CALIBRATED[calibration]}, {ratio:.0%}, {METHODS[method]}", found[method], *musts
     for ratio, most in PER_LAYER_MUST.items():
         for method in BY_LAYER:
             if rows := cells.get(("wikitext", method, "ffn", ratio)):
-                value = _mean([row["ratio"]["wikitext"] for row in rows])
-                yield verdict(f"{METHODS[method]}, {ratio:.0%}: WikiText-2", value, most, "times dense", 3)
+                yield f"{CALIBRATED['wikitext']}, {ratio:.0%}, {METHODS[method]}", means(rows), most, None
 
 
 def _far_table(cells: Cells, texts: tuple[str, ...]) -> str:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from _foundation_sections import foundation, fuzz, kills, peers_quant
 from _markdown import Row, provenance
+from _pruning_picture import draw
 from _pruning_sections import ablation, kv_merging, pruning, pruning_speed
 from _results import ROOT, options
 from _sections import damping, demo, memory, multiple_choice, sampling, startup
 
 PAGE = ROOT / "docs" / "benchmarks.md"
+PICTURE = "pictures/pruning.png"  # beside the page
 
 INTRO = """\
 # Benchmarks
@@ -41,6 +43,7 @@ def main() -> None:
         return
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(page, encoding="utf-8")
+    draw(_rows(given.results, "pruning"), given.output.parent / PICTURE)
     print(given.output)
 
 
@@ -64,12 +67,18 @@ def render(folder: Path) -> str:
     )
     parts = [INTRO]
     for title, name, section in sections:
-        file = folder / f"{name}.json"
-        rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+        rows = _rows(folder, name)
         rows = [row for row in rows if name not in NEEDED or NEEDED[name] in row["key"] | row["found"]]
         body = f"{section(rows)}\n{provenance(rows)}" if rows else "Not measured yet.\n"
         parts.append(f"## {title}\n\n`.venv/bin/python bench/{name}.py`\n\n{body}")
     return "\n".join(parts)
+
+
+def _rows(folder: Path, name: str) -> list[Row]:
+    """The rows on file; none where there is no file."""
+    file = folder / f"{name}.json"
+    rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    return rows
 
 
 def _arguments() -> argparse.Namespace:
