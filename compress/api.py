@@ -262,6 +262,8 @@ def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str]) -> tuple[Reci
 def _data(data: Data | None, part: str) -> DataSpec:
     if isinstance(data, DataSpec):
         return data
+    if data is not None and not isinstance(data, (str, Path, Mapping)):
+        raise UserError(f"data: found {data!r}, allowed: a source, or a mapping with source, samples and length")
     given = {} if data is None else {"source": data} if isinstance(data, (str, Path)) else dict(data)
     if isinstance(given.get("source"), Path):
         given["source"] = str(given["source"])

@@ -18,6 +18,7 @@ from compress.checkpoint.headers import read_json
 from compress.checkpoint.per_layer import FILE, is_per_layer
 from compress.data import has_template
 from compress.formats import format_named
+from compress.steps import STEPS
 
 REMOTE = (
     f"**It needs `trust_remote_code=True`**: its layers differ in width, and `{FILE}` in this folder (read it: it is "
@@ -56,10 +57,21 @@ def model_card(receipt: dict[str, Any], source: Path) -> str:
         "|---|---|---:|---:|",
     ]
     for step in receipt["steps"]:
-        options = ", ".join(f"{k} {v}" for k, v in step["options"].items() if v is not None)
-        lines.append(f"| {step['step']} | {options} | {step['parameters']:,} | {step['bytes']:,} |")
+        lines.append(f"| {step['step']} | {_what(step)} | {step['parameters']:,} | {step['bytes']:,} |")
     lines += ["", *_depth(receipt), *_quality(receipt), *_how(receipt, source)]
     return "\n".join(lines) + "\n"
+
+
+def _what(step: Mapping[str, Any]) -> str:
+    """What a step changed, and the options that are not the defaults."""
+    fields = STEPS[step["step"].partition("-")[2]].options.model_fields
+    given = [
+        f"{key} {value}"
+        for key, value in step["options"].items()
+        if value is not None and (key not in fields or fields[key].is_required() or value != fields[key].get_default())
+    ]
+    told = ", ".join(given)
+    return told if step["changes"] in ("", told) else f"{step['changes']}{f'; {told}' if told else ''}"
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

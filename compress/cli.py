@@ -44,7 +44,14 @@ from compress.report import colours, in_json
 
 PROGRAM = "autoglm-compress"
 GRACE = 2.0  # seconds after a signal in which another one is taken for the same
-_BROKEN_PIPE = 1  # as Python and Typer end when nobody reads on
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # as the shell sees others end when nobody reads on
+_NO_MEMORY = (  # what messages of torch, of the system and of Python's threads say of it
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "can't start new thread",
+)
 _SMALLER = {  # what helps a command that ran out of memory
     "prune": "fewer --samples or a smaller --length",
     "sensitivity": "fewer --samples or a smaller --length",
@@ -140,8 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if code == INTERRUPTED:  # Typer turns ctrl-C into this code
                 raise KeyboardInterrupt
             return code if isinstance(code, int) else OK
-        except SystemExit as leave:  # Typer's own answer to a broken pipe
-            return leave.code if isinstance(leave.code, int) else BUG
+        except SystemExit:  # Typer's own answer to a broken pipe
+            return _BROKEN_PIPE
         except BrokenPipeError:
             return _nobody_reads()
         except (Exception, KeyboardInterrupt) as error:
@@ -270,8 +277,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Python's own MemoryError, or the RuntimeError that torch raises in its place."""
     if isinstance(error, MemoryError):
         return True
-    words = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in words)
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in _NO_MEMORY)
 
 
 def _first_line(error: BaseException) -> str:

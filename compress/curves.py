@@ -6,6 +6,7 @@ Allocation and `prune --from-sensitivity` stand on it. numpy only; whatever is w
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,12 @@ class Curves:
         """The criterion that ranked the units, as recipes name it."""
         return str(self.about["criterion"])
 
+    @property
+    def tokens_per_column(self) -> float:
+        """Calibration tokens for every column of the widest Gram matrix; not a number where the folder does not say."""
+        groups = self.about.get("groups", {}).values()
+        return min((float(group.get("tokens_per_column", math.nan)) for group in groups), default=math.nan)
+
 
 def read_curves(folder: Path) -> Curves:
     """The folder that `autoglm-compress sensitivity` wrote.
@@ -92,7 +99,8 @@ def read_curves(folder: Path) -> Curves:
         raise UserError(f"{folder}: no such folder")
     path = folder / DOCUMENT
     if not path.is_file():
-        raise UserError(f"{folder}: no {DOCUMENT}", hint=f"autoglm-compress sensitivity MODEL -o {folder} writes one")
+        hint = "autoglm-compress sensitivity MODEL -o OUT writes such a folder"
+        raise UserError(f"{folder}: no {DOCUMENT}", hint=hint)
     about = read_json(path)
     groups = _groups(path, about)
     stored = folder / TENSORS

@@ -11,8 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.arch import family_of
+from compress.arch.tower import cut_sizes
 from compress.checkpoint.digests import digest
 from compress.checkpoint.headers import read_header, read_json
+from compress.checkpoint.per_layer import span
 from compress.device import described
 from compress.errors import UserError
 from compress.machine import Machine, Progress
@@ -47,10 +50,24 @@ def own_version() -> str:
         return "0+source"
 
 
+def changes(step: StepPlan) -> str:
+    """`FFN 1536 -> 1256, heads 9 -> 6`, or the options given when no shape changes."""
+    sides = [family_of(header).layers(header) for header in (step.before, step.after)]
+    keys = {"FFN": "ffn", "heads": "heads", "KV heads": "kv_heads", "layers": "layers"}
+    pairs = {name: [[getattr(s, key) for s in side] for side in sides] for name, key in keys.items()}
+    shapes = [f"{name} {span(old)} -> {span(new)}" for name, (old, new) in pairs.items() if span(old) != span(new)]
+    seen = cut_sizes(family_of(step.before).tower, step.before.config, step.after.config)
+    names = {"vision_layers": "vision layers", "vision_ffn": "vision FFN"}
+    shapes += [f"{names[key]} {old} -> {new}" for key, (old, new) in seen.items()]
+    options = [f"{key} {value}" for key, value in step.options.model_dump(exclude_defaults=True).items()]
+    return ", ".join(shapes or options) or "same shapes"
+
+
 def step_part(name: str, step: StepPlan, outcome: dict[str, Any], checked: dict[str, Any]) -> dict[str, Any]:
     """One step's part of the receipt."""
     return {
         "step": name,
+        "changes": changes(step),
         "options": step.options.model_dump(mode="json"),
         "parameters": step.parameters,
         "bytes": step.nbytes,

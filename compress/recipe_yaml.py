@@ -234,6 +234,9 @@ def override(tree: Entry, overrides: Sequence[str], steps: Iterable[str], proble
         if not equals or not key.strip():
             problems.add(f"--set {given}", (), "expected KEY=VALUE, as in steps.0.ratio=0.3")
             continue
+        if not text.strip():
+            problems.add(where, (), "found nothing, expected a value; null leaves the key at its default")
+            continue
         value = parse(text, where, problems, lines=False)
         if value is None:
             continue

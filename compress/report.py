@@ -20,19 +20,17 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from compress.arch import described, family_of
-from compress.arch.tower import cut_sizes
+from compress.arch import described
 from compress.card import auto_class
 from compress.checkpoint.per_layer import is_per_layer, span
 from compress.errors import CompressError, size
 from compress.machine import Progress, Silent
 from compress.progress import BarProgress, LogProgress, duration, plain
-from compress.receipt import finite
+from compress.receipt import changes, finite
 
 if TYPE_CHECKING:
     from compress.plan import Plan
     from compress.run import Result
-    from compress.steps.types import StepPlan
 
 LOG_WIDTH = 160  # columns of a table where nothing says how wide the screen is
 
@@ -196,19 +194,6 @@ def how_to_load(folder: Path) -> str:
         return f"{' and '.join(family.loaders)}, while it is unquantized; stock transformers does not load this flavour"
     trusted = ", trust_remote_code=True" if is_per_layer(config) else ""
     return f"transformers.{auto_class(config)}.from_pretrained({str(folder)!r}{trusted})"
-
-
-def changes(step: StepPlan) -> str:
-    """`FFN 1536 -> 1256, heads 9 -> 6`, or the options given when no shape changes."""
-    sides = [family_of(header).layers(header) for header in (step.before, step.after)]
-    keys = {"FFN": "ffn", "heads": "heads", "KV heads": "kv_heads", "layers": "layers"}
-    pairs = {name: [[getattr(s, key) for s in side] for side in sides] for name, key in keys.items()}
-    shapes = [f"{name} {span(old)} -> {span(new)}" for name, (old, new) in pairs.items() if span(old) != span(new)]
-    seen = cut_sizes(family_of(step.before).tower, step.before.config, step.after.config)
-    names = {"vision_layers": "vision layers", "vision_ffn": "vision FFN"}
-    shapes += [f"{names[key]} {old} -> {new}" for key, (old, new) in seen.items()]
-    options = [f"{key} {value}" for key, value in step.options.model_dump(exclude_defaults=True).items()]
-    return ", ".join(shapes or options) or "same shapes"
 
 
 def _number(format: str) -> Callable[[Any], str]:

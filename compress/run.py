@@ -215,8 +215,9 @@ class _Run:
         before = read_header(source)  # as planned, now with the places of its bytes, and what an earlier step found
         step = replace(step, before=before, after=family_of(step.after).with_lists(step.after, before.config))
         self.progress.note(f"{unit.name}: {' and '.join(planned.kind for _, planned in unit.steps)}")
-        for note in (note for _, planned in unit.steps for note in planned.notes):
-            self.progress.note(f"  {note}")  # what the plan warns of, for those who never asked for the plan
+        for _, planned in unit.steps:  # what the plan says and warns of, for those who never asked for it
+            for note in (receipts.changes(planned), *planned.notes):
+                self.progress.note(f"  {note}")
         ledger = Ledger(self.work.folder / f"{unit.name}.state", lambda: unit.key, self.place.checkpoint_every)
         written = Ledger(self.work.folder / f"{unit.name}.written", lambda: unit.key)
         job = Job(

@@ -248,8 +248,8 @@ class PruneKeywords(StepKeywords, total=False):
     damping: float
     """Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."""
     held_out: float | None
-    """Share of the calibration windows that are kept back to choose the damping of each refit on, from 0.001 to 0.3;
-    the refit itself then sees all of them.
+    """Share of the calibration windows that are kept back: on them the damping of each refit is chosen, of values
+    between 0.001 and 0.3; the refit itself then sees all windows.
     """
     token_weights: str
     """What calibration tokens weigh in all statistics: none (all the same) or norm (1 / mean square of the residual

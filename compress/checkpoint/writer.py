@@ -247,8 +247,9 @@ class _Behind:
             self._waiting.append((descriptor, data, offset))
             self._bytes += len(data)
             if self._thread is None:
-                self._thread = Thread(target=self._run, name="writing", daemon=True)
-                self._thread.start()
+                thread = Thread(target=self._run, name="writing", daemon=True)
+                thread.start()
+                self._thread = thread  # one that could not start is not waited for
             self._room.notify_all()
 
     def wait(self) -> None:

@@ -96,6 +96,8 @@ def sensitivity(
         folder = Path(str(model)).expanduser()
         if not folder.is_dir():
             raise UserError(f"{model}: no folder to show", hint="give -o OUT to measure a model")
+        if (folder / "config.json").is_file() and not (folder / "sensitivity").is_dir():
+            raise UserError(f"{model}: a model, not a folder of scores", hint="give -o OUT to measure it")
         found = load_sensitivity(folder)
         if against:
             _against(screen, found, folder, against, pictures=options.pictures)

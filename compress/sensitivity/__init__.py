@@ -165,7 +165,10 @@ class Sensitivity:
         curves, total = self._measured().curves, 0.0
         for group, count in keep.items():
             units = self._size(group)[0]
-            counts = [count] * self.layer_count if isinstance(count, int) else count
+            counts = [count] * self.layer_count if isinstance(count, (int, np.integer)) else list(count)
+            if len(counts) != self.layer_count or not all(0 <= n <= of for n, of in zip(counts, units, strict=False)):
+                has = ", ".join(map(str, sorted(set(units))))
+                raise UserError(f"{group}: found {count}, allowed: a count from 0 to {has}, or one for each layer")
             total += sum(curves[layer, group].at(units[layer] - one) for layer, one in enumerate(counts))
         return total
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
+from compress.limits import ENOUGH
 from compress.sensitivity import Sensitivity
 from compress.sensitivity.read import Floats
 
@@ -23,12 +24,13 @@ DECADES = 4  # of a map's scale, at most
 
 def summary(found: Sensitivity, folder: Path) -> list[str]:
     """How it was measured, in a few lines: the ranking, tokens a column, where pictures are."""
-    lines = [repr(found)]
+    lines = [repr(found).removeprefix("Sensitivity(").removesuffix(")")]
     if found.measured is not None:
         text = found.about["calibration"]
         per_column = {name: group["tokens_per_column"] for name, group in found.about["groups"].items()}
         told = ", ".join(f"{name} {value:.1f}" for name, value in per_column.items())
-        poor = " (under 4: predictions will be poor; give more samples)" if min(per_column.values()) < 4 else ""
+        few = min(per_column.values()) < ENOUGH
+        poor = f" (under {ENOUGH}: predictions will be poor; give more samples)" if few else ""
         lines.append(f"{text['tokens']:,} calibration tokens; a column: {told}{poor}")
     if (folder / "pictures").is_dir():
         lines.append(f"pictures: {folder / 'pictures'}")

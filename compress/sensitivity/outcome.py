@@ -45,6 +45,7 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
         raise UserError(f"{path}: made from another model than {found.step} measured")
     if before is None or after is None:
         raise UserError(
-            f"{path}: not measured before and after its prune step", hint="let evaluate be 'each', or prune alone"
+            f"{path}: not measured before and after its prune step",
+            hint=f"autoglm-compress run {result / 'recipe.yaml'} --set evaluate=each -o OUT measures it",
         )
     return Outcome(result.name, found.predicted(keep), math.log(after["perplexity"]) - math.log(before["perplexity"]))

@@ -112,3 +112,13 @@ def test_help_and_plan_import_nothing_heavy(arguments: list[str], tmp_path: Path
 
 def test_version() -> None:
     assert run("--version").stdout.startswith("autoglm-compress ")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("recipes", "list"), ("recipes", "list", "--json")])
+def test_who_reads_no_further_ends_it_as_any_program(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "compress", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

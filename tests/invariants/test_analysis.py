@@ -154,6 +154,10 @@ def test_other_families_are_measured(family: str, criterion: str, tmp_path: Path
     assert found.criterion == criterion and found.groups == ("heads", "ffn") and found.layer_count == 2
     assert not (tmp_path / "out" / "pictures").exists()
     assert found.predicted({"ffn": 64}) > 0 == found.predicted({})
+    units = found.units("ffn").unit.max() + 1
+    for wrong in (units + 1, -1, [units]):  # more than there are, fewer than none, not one a layer
+        with pytest.raises(UserError, match=f"ffn: found .*allowed: a count from 0 to {units}, or one for each layer"):
+            found.predicted({"ffn": wrong})
 
 
 def test_the_pictures_show_the_frames(found: Sensitivity) -> None:
@@ -239,6 +243,7 @@ REFUSED = {
     "nothing": ([], "found other arguments"),
     "two things": (["A", "-o", "B", "--compare", "A", "B"], "found other arguments"),
     "a model without -o": (["demo:nothing"], "no folder to show"),
+    "a model's folder without -o": (["MODEL"], "a model, not a folder of scores\nhint: give -o OUT to measure it"),
     "no model": (["MISSING/x/y", "-o", "B"], "MISSING/x/y"),
     "a bad cut": (["--compare", "A", "B", "--cut", "1.5"], "--cut: found '1.5', allowed: a number above 0 and below 1"),
     "a criterion nobody knows": (["A", "-o", "B", "--criterion", "wandas"], "unknown criterion 'wandas'; did you mean"),
@@ -247,9 +252,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_wrong_arguments_are_one_line(case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_arguments_are_one_line(
+    case: str, source: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     arguments, told = REFUSED[case]
-    place = [str(tmp_path / a) if a in ("A", "B") else a for a in arguments]
+    place = [{"A": str(tmp_path / "A"), "B": str(tmp_path / "B"), "MODEL": str(source)}.get(a, a) for a in arguments]
     assert main(["sensitivity", *place]) == 2
     said = capsys.readouterr().err
     assert told in said and "Traceback" not in said

@@ -193,7 +193,7 @@ def test_layers_by_loss_from_the_command_line_twice(tmp_path: Path, capsys: pyte
     line += ["--samples", "6", "--length", "64", "--threads", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*line, "-o", str(one)]) == 0
-    assert f"decoder layers {gone(one)[0]} go, by loss" in capsys.readouterr().err
+    assert f"decoder layer {gone(one)[0]} goes, by loss" in capsys.readouterr().err
     assert main([*line, "-o", str(two), "-q"]) == 0
     first, second = ({k: v for k, v in contents(out).items() if k != "measured.json"} for out in (one, two))
     assert first == second and "by loss (Kim et al. 2024" in first["README.md"].decode()

@@ -14,6 +14,7 @@ import compress
 from compress import resume
 from compress.cli import main
 from compress.curves import DOCUMENT
+from compress.data import DataSpec
 from compress.errors import UserError
 from compress.plan import make_plan
 from compress.recipe import Recipe
@@ -143,6 +144,17 @@ def test_a_budget_is_planned_from_the_folder_alone(
         step["options"]["from_sensitivity"] == str(folder)
         and step["notes"] == planned("--model", str(source), "--ratio", "0.2")["notes"]
     )
+
+
+def test_few_tokens_are_told_beside_the_prediction(source: Path, folder: Path, tmp_path: Path) -> None:
+    few = {"samples": 2, "length": 64}
+    compress.measure_sensitivity(source, tmp_path / "few", data=few, machine=ONE, pictures=False)
+    for measured, told in ((folder, ""), (tmp_path / "few", "measured on 1.3 calibration tokens per column, under 4")):
+        options = PruneOptions(ratio=0.2, from_sensitivity=str(measured))
+        recipe = Recipe.single("prune", str(source), options, data=DataSpec(samples=8, length=64))
+        (step,) = compress.plan(recipe).steps
+        (note,) = [note for note in step.notes if "predicted rise" in note]
+        assert told in note and ("means little" in note) == bool(told)
 
 
 @pytest.mark.parametrize(

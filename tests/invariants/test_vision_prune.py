@@ -23,8 +23,8 @@ from compress.errors import UserError
 from compress.limits import DEPTH_POSITIONS
 from compress.machine import Machine
 from compress.plan import make_plan
+from compress.receipt import changes
 from compress.recipe import Recipe
-from compress.report import changes
 from compress.run import run
 from compress.solve import damping_vector, refit
 from compress.steps.prune.options import PruneOptions

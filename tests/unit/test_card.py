@@ -18,11 +18,14 @@ from tests import tiny
 HUB = "zai-org/GLM-4.1V-9B-Thinking"
 
 
+OPTIONS = {"ffn": 0.25, "heads": None, "kv_merge": "aligned", "damping": 0.02}
+
+
 def receipt(name: str) -> dict[str, Any]:
     return {
         "model": {"name": name},
         "autoglm_compress": "1.0",
-        "steps": [{"step": "prune", "options": {"ffn": 0.25, "heads": None}, "parameters": 1000, "bytes": 2000}],
+        "steps": [{"step": "1-prune", "changes": "FFN 128 -> 96", "options": OPTIONS, "parameters": 1, "bytes": 2000}],
         "stages": [],
     }
 
@@ -43,6 +46,11 @@ def front_of(card: str) -> dict[str, Any]:
     return front
 
 
+def test_a_step_is_what_it_changed_and_the_options_that_are_no_defaults(tmp_path: Path) -> None:
+    card = model_card(receipt("m"), folder(tmp_path / "source"))
+    assert "| 1-prune | FFN 128 -> 96; ffn 0.25, damping 0.02 | 1 | 2,000 |" in card.splitlines()
+
+
 def test_a_hub_model_is_its_own_base(tmp_path: Path) -> None:
     """What the hub's model was made from in its turn is not the base of ours."""
     source = folder(tmp_path / "source", "---\nlicense: mit\nbase_model: org/before-it\n---\n# It\n")
@@ -50,7 +58,7 @@ def test_a_hub_model_is_its_own_base(tmp_path: Path) -> None:
     front = front_of(card)
     assert (front["base_model"], front["license"]) == (HUB, "mit")
     assert "The licence of the base model applies (mit)." in card
-    assert "| prune | ffn 0.25 | 1,000 | 2,000 |" in card
+    assert "| 1-prune | FFN 128 -> 96; ffn 0.25, damping 0.02 | 1 | 2,000 |" in card
 
 
 @pytest.mark.parametrize("name", ["demo:smollm2-135m", "student", "model.gguf"])

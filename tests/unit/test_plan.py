@@ -311,3 +311,20 @@ def test_steps_that_do_not_fit_together(
     given = {key: value.format(teacher=teacher) for key, value in keys.items()}
     (said,) = refusal(model, *steps, **given)
     assert line in said
+
+
+def test_what_keeps_all_there_is_says_so(tmp_path: Path) -> None:
+    model, line = sparse.llama(tmp_path / "model"), "nothing goes: the model has no more than that as it is"
+    whole = ("keep_ffn: 1536", "keep_heads: 9, keep_layers: 30", "keep_kv_heads: 3")
+    for options in whole:
+        assert line in pruned(model, options).notes, options
+    for options in ("keep_ffn: 1528", "keep_layers: 29", "keep_kv_heads: 1", "keep_ffn: 1536, pin: {layers.1.mlp: 8}"):
+        assert line not in pruned(model, options).notes, options
+
+
+@pytest.mark.parametrize("given", ["steps.0.ffn=", "steps.0.ffn= "])
+def test_a_key_that_is_set_to_nothing_is_refused(given: str, tmp_path: Path) -> None:
+    text = recipe_text(sparse.llama(tmp_path / "model"), "prune: {ffn: 0.2}")
+    with pytest.raises(UserError, match=r"--set steps\.0\.ffn: found nothing, expected a value; null leaves"):
+        loads(text, overrides=[given])
+    assert loads(text, overrides=["steps.0.ffn=null", "steps.0.keep_ffn=8"]).steps[0].options.ffn is None  # type: ignore[attr-defined]

@@ -205,7 +205,7 @@ def test_overrides_reach_what_the_file_leaves_out() -> None:
         ("steps=3", "--set steps: found 3, allowed: a list of steps"),
         ("=3", "--set =3: expected KEY=VALUE"),
         (".=3", "--set .: "),
-        ("model=", "--set model: found nothing, allowed: text that is not empty"),
+        ("model=", "--set model: found nothing, expected a value; null leaves the key at its default"),
     ],
 )
 def test_a_wrong_override_names_itself(override: str, line: str) -> None:

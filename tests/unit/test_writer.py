@@ -313,3 +313,17 @@ def test_a_disk_that_is_full_when_bytes_reach_it(tmp_path: Path, monkeypatch: py
             for name, value in some_tensors().items():
                 one.put(name, value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thread_that_cannot_start_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    tensors = some_tensors()
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with (
+        pytest.raises(RuntimeError, match="can't start new thread"),
+        Writer(tmp_path / "out", [spec_of(name, value) for name, value in tensors.items()]) as writer,
+    ):
+        for name, value in tensors.items():
+            writer.put(name, value)

@@ -84,7 +84,9 @@ def find_depth(job: Job, streamed: Reader, ids: torch.Tensor, sight: Sight, besi
     shown = Shown(stream, ids[:count], sight.first(count))
     kept, scores = METHODS[options.layer_criterion](shown, layers - plan.layers, first, job.progress)
     found = Depth(options.layer_criterion, layers, tuple(kept), tuple(scores))
-    job.progress.note(f"decoder layers {_spans(found.document()['gone'])} go, by {found.criterion}")
+    gone = found.document()["gone"]
+    told = f"layers {_spans(gone)} go" if len(gone) > 1 else f"layer {gone[0]} goes"
+    job.progress.note(f"decoder {told}, by {found.criterion}")
     if job.ledger is not None and job.ledger.due():
         job.ledger.save({"depth": found.document(), **beside.facts}, beside.tensors)
     return found

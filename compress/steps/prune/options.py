@@ -259,8 +259,8 @@ class PruneOptions(StepOptions):
     )
     held_out: Share | None = Field(
         None,
-        description="Share of the calibration windows that are kept back to choose the damping of each refit on, from "
-        f"{DAMPINGS[0]} to {DAMPINGS[-1]}; the refit itself then sees all of them.",
+        description="Share of the calibration windows that are kept back: on them the damping of each refit is chosen, "
+        f"of values between {DAMPINGS[0]} and {DAMPINGS[-1]}; the refit itself then sees all windows.",
     )
     token_weights: Annotated[str, *one_of("token weights", TOKEN_WEIGHTS)] = Field(
         "none",

@@ -17,7 +17,7 @@ from compress.curves import Curves
 from compress.data import BUILTIN, expected_tokens
 from compress.errors import UserError
 from compress.formats import PLAIN, is_quantized
-from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, VOCAB_BYTES
+from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, ENOUGH, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.choose import choose
@@ -122,6 +122,8 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     }
     if options.joint_refit and (wrong := _no_joint(options, family, losing)) is not None:
         complain("joint_refit", wrong)
+    whole_model = not (losing or kv or decoder.gone) and seen is before
+    told = f"{share:.2%} of the decoder layers' matrix parameters go"
     first = ahead(options, before, family, _layer_parameters(before), losing, context, complain)
     loss = None if curves is None else predicted_loss(curves, layers, keep)
     return PrunePlan(
@@ -135,7 +137,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         # hidden states, and the next before the last ones go
         scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch) + 2 * tower.held,
         notes=(
-            f"{share:.2%} of the decoder layers' matrix parameters go",
+            "nothing goes: the model has no more than that as it is" if whole_model else told,
             *by_hand.notes,
             *chosen,
             *left.notes,
@@ -169,9 +171,12 @@ def _no_joint(options: PruneOptions, family: Family, losing: Collection[str]) ->
 
 def _measured_notes(curves: Curves, loss: float) -> list[str]:
     times = math.exp(min(loss, 700))
+    poor = ""
+    if (least := curves.tokens_per_column) < ENOUGH:
+        poor = f"; measured on {least:.1f} calibration tokens per column, under {ENOUGH}: it means little"
     return [
         f"units are ranked by {curves.criterion}, as {curves.folder} has them",
-        f"predicted rise of the loss: {loss:.4f} nats a token (perplexity {times:.4g} times the dense one)",
+        f"predicted rise of the loss: {loss:.4f} nats a token (perplexity {times:.4g} times the dense one){poor}",
     ]
 
 
@@ -338,5 +343,5 @@ def _refit_note(
     if not options.force and (few := few_tokens(tokens, widest)) is not None:
         complain("", few.message, few.hint)
     note = f"refit: {tokens / widest:.1f} calibration tokens per column"
-    note += " (under 4: the refit will be poor; give more samples)" if tokens < 4 * widest else ""
+    note += f" (under {ENOUGH}: the refit will be poor; give more samples)" if tokens < ENOUGH * widest else ""
     return [note, *([DOCUMENTATION] if data.source == BUILTIN else [])]

@@ -23,6 +23,7 @@ from compress.criteria import CRITERIA, Ranking, ranking_of
 from compress.data import processor_of
 from compress.device import device_of
 from compress.errors import UserError
+from compress.limits import ENOUGH
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune.depth import Depth
 from compress.steps.prune.depth import restored as restored_depth
@@ -128,8 +129,9 @@ def cut_tower(job: Job, sight: Sight) -> CutTower:
         return _restored(job, left, state.facts["vision"], state.tensors)
     found = _found(job, plan, left, left.tower, sight.images)
     if found.depth is not None:
-        gone = ", ".join(map(str, found.depth.document()["gone"]))
-        job.progress.note(f"vision layers {gone} go, by {found.depth.criterion}")
+        gone = found.depth.document()["gone"]
+        told = f"layers {', '.join(map(str, gone))} go" if len(gone) > 1 else f"layer {gone[0]} goes"
+        job.progress.note(f"vision {told}, by {found.depth.criterion}")
     if job.ledger is not None and job.ledger.due():
         kept = found.kept()
         job.ledger.save(kept.facts, kept.tensors)
@@ -178,9 +180,10 @@ def _tokens(job: Job, images: Images, left: TowerLeft, needs: frozenset[Statisti
             which = "all" if held else "none"
             said = f"held_out: the last {back} of {len(images)} windows, held back, have {which} of the images"
             raise UserError(said, hint="more samples, or another held_out")
-        if not options.force and (few := few_tokens(tokens, left.whole.ffn, " of images")) is not None:
-            raise few
-        poor = " (under 4: the refit will be poor; give more images)" if tokens < 4 * left.whole.ffn else ""
+        if not options.force and (wrong := few_tokens(tokens, left.whole.ffn, " of images")) is not None:
+            raise wrong
+        few = tokens < ENOUGH * left.whole.ffn
+        poor = f" (under {ENOUGH}: the refit will be poor; give more images)" if few else ""
         job.progress.note(f"{WHAT}: {tokens} tokens of images, {tokens / left.whole.ffn:.1f} per column{poor}")
     return tokens
 
