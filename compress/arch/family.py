@@ -303,8 +303,11 @@ class Family:
 
     def with_units(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the raw config with text sizes changed (`{"intermediate_size": 1128}`)."""
-        named = {self.keys.get(key, key): value for key, value in changes.items()}
-        return self.with_text(config, {**per_layer.text_of(config), **named})
+        return self.with_text(config, {**per_layer.text_of(config), **self.named(changes)})
+
+    def named(self, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """Text sizes under the names that a config of this family has for them (`n_inner` for `intermediate_size`)."""
+        return {self.keys.get(key, key): value for key, value in sizes.items()}
 
     def with_text(self, config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the raw config with `text` as the description of the decoder."""

@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {  # each shows something that no described 
     "nemotron": {},  # no gate, other norms
     "phi": {"num_key_value_heads": 8},  # a bias of the output matrix; every head has a KV head
     "gemma2": {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "sliding_window": 16},
+    "ctrl": {"dff": 96, "num_key_value_heads": 8},  # its own names for the keys of its config, and for its layers: h
 }
 HEADS = {"starcoder2", "cohere", "granite", "nemotron", "gemma2"}
 
@@ -69,6 +70,17 @@ def test_cutting_is_masking(kind: str, models: dict[str, Path], tmp_path: Path) 
     with Reader(out) as reader:
         streamed = Stream(reader, family_of(reader.header), dtype=torch.float32).logits(given["input_ids"])
     torch.testing.assert_close(streamed, logits(load(out), given), rtol=1e-5, atol=1e-5)
+
+
+def test_a_config_is_written_in_the_names_of_its_family(models: dict[str, Path], tmp_path: Path) -> None:
+    header = read_header(prune(models["ctrl"], tmp_path / "out", keep_ffn=41, keep_layers=2, refit=False))
+    assert (header.config["dff"], header.config["n_layer"]) == (41, 2)
+    assert family_of(header).sizes(header).ffn == 41
+
+
+def test_layers_of_their_own_widths_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prune\.protect: layers of a ctrl cannot differ in width"):
+        prune(models["ctrl"], tmp_path / "out", ffn=0.4, protect=["layers.0"])
 
 
 def test_keeping_all_units_keeps_the_bytes(models: dict[str, Path], tmp_path: Path) -> None:

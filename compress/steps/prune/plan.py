@@ -107,10 +107,11 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     rewrite, why = label
     cut = _cut(seen, family, layers, keep)
     after = cut.planned(per_layer.marked(rewrite.config(cut.config)), cut.tensors.values())
-    if per_layer.is_per_layer(after.config) and not family_of(after).layered:
+    made = family if family.traced else family_of(after)  # a traced one is found by running it, and this may not run
+    if per_layer.is_per_layer(after.config) and not made.layered:
         given = [key for key in ("pin", "protect") if getattr(options, key) is not None]
         given += ["allocation"] if options.allocation == PER_LAYER else []
-        complain(given[0] if given else "", f"layers of a {family_of(after).name} cannot differ in width; {_NARROW}")
+        complain(given[0] if given else "", f"layers of a {made.name} cannot differ in width; {_NARROW}")
         return None
     share = decoder.removed(keep) / decoder.matrix_parameters
     parameters, nbytes = measure(keep)
@@ -260,8 +261,9 @@ def _cut(before: Header, family: Family, layers: Sequence[Layer], keep: Keeps) -
         # without explicit keys, stock code would derive another head_dim and KV count from fewer heads
         changes = {"num_key_value_heads": kv, "head_dim": sizes.head_dim}
     config = family.shallow(before, range(len(layers))) if gone else before.config
-    text = per_layer.with_layers(per_layer.text_of(config), _told_layers(before, sizes, keep, bool(changes)))
-    return before.planned(family.with_text(config, {**text, **changes}), tensors.values())
+    told = [family.named(own) for own in _told_layers(before, sizes, keep, bool(changes))]
+    text = per_layer.with_layers(per_layer.text_of(config), told)
+    return before.planned(family.with_text(config, {**text, **family.named(changes)}), tensors.values())
 
 
 def _told_layers(before: Header, sizes: Sizes, keep: Keeps, fewer_heads: bool) -> list[dict[str, int]]:
