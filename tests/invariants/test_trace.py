@@ -78,6 +78,13 @@ def test_a_config_is_written_in_the_names_of_its_family(models: dict[str, Path],
     assert family_of(header).sizes(header).ffn == 41
 
 
+@pytest.mark.parametrize("criterion", ["tp-magnitude", "tp-taylor"])
+def test_torch_pruning_finds_layers_under_their_own_name(
+    criterion: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    prune(models["ctrl"], tmp_path / "out", keep_ffn=41, criterion=criterion)
+
+
 def test_layers_of_their_own_widths_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prune\.protect: layers of a ctrl cannot differ in width"):
         prune(models["ctrl"], tmp_path / "out", ffn=0.4, protect=["layers.0"])

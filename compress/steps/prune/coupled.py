@@ -120,7 +120,7 @@ def _score(
 
 def _prefix(family: Family, layer: int) -> str:
     """The path of a decoder layer in the stock model, with the dot."""
-    return f"{family.text}.layers.{layer}."
+    return f"{family.text}.{family.parts.layers}.{layer}."
 
 
 def _roots(coupled: Any, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, int, int, int]]:
