@@ -197,8 +197,10 @@ class Sensitivity:
 
     def plot_curves(self, group: str = "ffn") -> Figure:
         """A line a layer, coloured by depth, on a log scale: the predicted losses of `losses(group)`; of a prune step
-        the costs of `curve(group)`, a dot at its cut."""
-        self._size(group)
+        the costs of `curve(group)`, a dot at its cut. Raises UserError where no unit can go: heads that have a KV head
+        each."""
+        if not self._curved(group):
+            raise UserError(f"{self.step}: no {group} of any layer can go, so there is no curve")
         return cast("Figure", _figure("losses" if self.measured else "curves", self, group))
 
     def plot_layers(self) -> Figure:
@@ -224,7 +226,7 @@ class Sensitivity:
     def save_pictures(self, folder: Path) -> list[Path]:
         """Every picture there is, as PNG and SVG, into a new `folder`."""
         makers: dict[str, Callable[[], Figure]] = {
-            f"curves-{group}": partial(self.plot_curves, group) for group in self.groups
+            f"curves-{group}": partial(self.plot_curves, group) for group in self.groups if self._curved(group)
         }
         if "heads" in self.groups:
             makers["heads"] = self.plot_heads
@@ -238,6 +240,12 @@ class Sensitivity:
         """Units of one balance block, which loses as many as every other: the query heads of one KV head; for the FFN
         all neurons of the layer."""
         return self._size(group)[1][layer]
+
+    def _curved(self, group: str) -> bool:
+        """Whether the group has a curve: always, after a prune step."""
+        self._size(group)
+        found = self.measured
+        return found is None or any(len(found.curves[layer, group].removed) > 1 for layer in range(self.layer_count))
 
     def _measured(self) -> Curves:
         if self.measured is None:

@@ -95,6 +95,8 @@ def losses(found: Sensitivity, group: str) -> Figure:
     dots = "o" if len(frame) <= 12 * found.layer_count else None  # few heads: the line is a guess between them
     for layer, part in frame.groupby("layer"):
         shown = part[part.gone > 0]
+        if shown.empty:  # none of its units can go alone
+            continue
         axes.plot(shown.removed, shown.loss, color=DEPTH(norm(layer)), linewidth=0.9, marker=dots, markersize=3)
         middle = np.interp(0.5, shown.removed, np.log(shown.loss.clip(lower=1e-12)))  # on the line: the scale is a log
         middles[layer] = float(np.exp(middle))

@@ -372,3 +372,19 @@ def test_activations_that_overflow_name_their_layer(tmp_path: Path, capsys: pyte
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     assert main(["sensitivity", str(source), "-o", str(tmp_path / "x"), "--no-pictures", *FLAGS]) == 2
     assert "layer 1 ffn" in capsys.readouterr().err
+
+
+def test_heads_with_a_kv_head_each_have_no_curve(tmp_path: Path) -> None:
+    """None of them can go alone: their losses are told, the FFN's curves are used, and the picture is left out."""
+    source, out = tiny.llama(tmp_path / "source", num_key_value_heads=8), tmp_path / "out"
+    assert main(["sensitivity", str(source), "-o", str(out), *FLAGS]) == 0
+    shown = load_sensitivity(out)
+    assert len(shown.units("heads")) == len(shown.kv_groups()) == 3 * 8 and (shown.losses("heads").gone == 0).all()
+    assert {path.stem for path in (out / "pictures").iterdir()} == {"curves-ffn", "heads", "layers"}
+    with pytest.raises(UserError, match="no heads of any layer can go"):
+        shown.plot_curves("heads")
+    for number, allocation in enumerate(("uniform", "per-layer")):
+        flags = ["--from-sensitivity", str(out), "--ratio", "0.3", "--allocation", allocation, *FLAGS]
+        assert main(["prune", str(source), "-o", str(tmp_path / str(number)), *flags]) == 0
+        keep = json.loads((tmp_path / str(number) / "receipt.json").read_text())["steps"][0]["keep"]
+        assert keep["heads"] == 8
