@@ -236,6 +236,10 @@ class Sensitivity:
             makers["cut"] = self.plot_cut
         return [path for name, make in makers.items() for path in _figure("save", make(), folder, name)]
 
+    def sizes(self, group: str) -> Counts:
+        """Units of every layer, whether they were scored there or not."""
+        return self._size(group)[0]
+
     def balance(self, group: str, layer: int = 0) -> int:
         """Units of one balance block, which loses as many as every other: the query heads of one KV head; for the FFN
         all neurons of the layer."""

@@ -26,20 +26,19 @@ def compare(first: Sensitivity, second: Sensitivity, share: float) -> list[dict[
     groups = [name for name in first.groups if name in second.groups]
     if not groups:
         raise UserError(f"{first.step} and {second.step} scored no group that the other did")
+    rows = []
     for name in groups:
-        sizes = [[len(one.cost[layer, name]) for layer in range(one.layer_count)] for one in (first, second)]
+        sizes = [one.sizes(name) for one in (first, second)]
         if sizes[0] != sizes[1]:
             told = " and ".join(f"{len(units)} layers of {span(units)} {name}" for units in sizes)
             raise UserError(f"{first.step} and {second.step} cannot be compared: {told}")
-    return [
-        {
-            "layer": layer,
-            "group": name,
-            **_pair(first.order[layer, name], second.order[layer, name], first.balance(name, layer), share),
-        }
-        for name in groups
-        for layer in range(first.layer_count)
-    ]
+        for layer in range(first.layer_count):
+            if (layer, name) in first.order and (layer, name) in second.order:  # a prune step may have left it whole
+                orders = first.order[layer, name], second.order[layer, name]
+                rows.append({"layer": layer, "group": name, **_pair(*orders, first.balance(name, layer), share)})
+    if not rows:
+        raise UserError(f"{first.step} and {second.step} scored no group of a layer that the other did")
+    return rows
 
 
 def _pair(first: Ints, second: Ints, balance: int, share: float) -> dict[str, Any]:

@@ -220,6 +220,20 @@ def test_compare(source: Path, folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert "spearman" in said and "ffn: mean rank correlation" in said
 
 
+def test_layers_that_one_side_left_whole_are_not_compared(source: Path, folder: Path, tmp_path: Path) -> None:
+    cuts = {"protected": {"protect": ["layers.0.mlp"]}, "shallow": {"keep_layers": 2}}
+    sides = {
+        name: load_sensitivity(compress.prune(source, tmp_path / name, ffn=0.4, data=DATA, machine=ONE, **cut).out)
+        for name, cut in cuts.items()
+    }
+    [gone] = sides["shallow"].about["depth"]["gone"]
+    for name, layers in (("protected", {1, 2}), ("shallow", {0, 1, 2} - {gone})):
+        for one, other in ((folder, tmp_path / name), (tmp_path / name, folder)):
+            assert {row["layer"] for row in compare(load_sensitivity(one), load_sensitivity(other), 0.5)} == layers
+    both = compare(sides["protected"], sides["shallow"], 0.5)
+    assert {row["layer"] for row in both} == {1, 2} - {gone}
+
+
 def test_spearman_is_the_correlation_of_ranks() -> None:
     first, second = (np.random.default_rng(seed).permutation(50) for seed in (0, 1))
     assert spearman(first, second) == pytest.approx(np.corrcoef(first, second)[0, 1])
