@@ -14,6 +14,8 @@ from compress.errors import UserError
 if TYPE_CHECKING:
     from compress.sensitivity import Sensitivity
 
+UNSEEN = {"layers": "whole layers", "kv_heads": "KV heads", "vision": "the vision tower"}  # as a receipt tells them
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -27,8 +29,8 @@ class Outcome:
 def outcome(found: Sensitivity, result: Path) -> Outcome:
     """What `found` predicts of the prune step in `result`, and what was measured after it.
 
-    Raises UserError where `result` has no receipt, starts from another model, or was not measured before and after its
-    prune step, which must be the first step.
+    Raises UserError where `result` has no receipt, starts from another model, lost more than the units that were
+    measured (UNSEEN), or was not measured before and after its prune step, which must be the first step.
     """
     path = result / "receipt.json"
     receipt = read_json(path)
@@ -41,6 +43,8 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
         raise UserError(f"{path}: not a receipt of a run with steps") from None
     if not isinstance(keep, dict):
         raise UserError(f"{path}: its first step is no prune step")
+    if unseen := [what for key, what in UNSEEN.items() if key in first or key in keep]:
+        raise UserError(f"{path}: its prune step cut {' and '.join(unseen)} too, which {found.step} does not predict")
     if not isinstance(files, dict) or digest_of(files) != found.about.get("model", {}).get("digest"):
         raise UserError(f"{path}: made from another model than {found.step} measured")
     if before is None or after is None:

@@ -234,6 +234,20 @@ def test_layers_that_one_side_left_whole_are_not_compared(source: Path, folder: 
     assert {row["layer"] for row in both} == {1, 2} - {gone}
 
 
+@pytest.mark.parametrize(("cut", "what"), [("keep_layers: 2", "whole layers"), ("keep_kv_heads: 1", "KV heads")])
+def test_what_an_analysis_does_not_predict_is_not_shown_beside_it(
+    cut: str, what: str, source: Path, found: Sensitivity, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {source}\ndata:\n  calibration: {{samples: 8, length: 64}}\n  evaluation: {{samples: 4, length: 64}}\n"
+        f"evaluate: last\nsteps:\n  - prune: {{keep_ffn: 80, {cut}}}\n"
+    )
+    compress.run(recipe, tmp_path / "pruned", machine=ONE)
+    with pytest.raises(UserError, match=f"its prune step cut {what} too"):
+        found.plot_predicted([tmp_path / "pruned"])
+
+
 def test_spearman_is_the_correlation_of_ranks() -> None:
     first, second = (np.random.default_rng(seed).permutation(50) for seed in (0, 1))
     assert spearman(first, second) == pytest.approx(np.corrcoef(first, second)[0, 1])
