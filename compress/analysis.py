@@ -43,6 +43,7 @@ from compress.resume import Work, data_key, folder_key, key_of, surroundings
 from compress.sensitivity import Sensitivity, load_sensitivity, optional
 from compress.sensitivity.measure import Measured, Settings, measure
 from compress.steps.prune.ahead import sight_memory
+from compress.steps.prune.enough import few_tokens
 from compress.steps.prune.measuring import SensitivityOptions
 from compress.steps.sampling import authors_of
 from compress.stream import WHOLE
@@ -63,6 +64,11 @@ class _Asked:
     @property
     def sizes(self) -> Sizes:
         return self.family.sizes(self.header)
+
+    @property
+    def widest(self) -> int:
+        """Columns of the widest Gram matrix."""
+        return max(max(each.ffn, each.heads * each.head_dim) for each in self.family.layers(self.header))
 
 
 def measure_sensitivity(
@@ -124,8 +130,10 @@ def _write(asked: _Asked, work: Path, machine: Machine, ledger: Ledger, started:
     reset_peak_memory()
     tokens = windows(asked.data, "calibration", folder, asked.seed, images=True, progress=progress)
     progress.note(tokens.note)
+    chosen, count = asked.options, _count(tokens)
+    if not chosen.force and (few := few_tokens(count, asked.widest)) is not None:
+        raise few  # all of a text, or padding among the windows: their number said nothing of it
     ids = torch.from_numpy(tokens.ids)
-    chosen = asked.options
     settings = Settings(chosen.criterion, chosen.damping, asked.seed, chosen.gradient_samples)
     with Reader(folder, asked.header, device) as reader:
         found = measure(
@@ -153,7 +161,7 @@ def _write(asked: _Asked, work: Path, machine: Machine, ledger: Ledger, started:
 def _document(asked: _Asked, found: Measured, tokens: Tokens, tensors: bytes, machine: Machine) -> dict[str, Any]:
     """sensitivity.json."""
     groups = [asked.family.groups(sizes, asked.header.text_config) for sizes in asked.family.layers(asked.header)]
-    count = int(tokens.ids.size if tokens.kinds is None else (tokens.kinds != PADDING).sum())
+    count = _count(tokens)
     return {
         "format": FORMAT,
         "autoglm_compress": own_version(),
@@ -193,6 +201,11 @@ def _document(asked: _Asked, found: Measured, tokens: Tokens, tensors: bytes, ma
     }
 
 
+def _count(tokens: Tokens) -> int:
+    """Of tokens that are no padding."""
+    return int(tokens.ids.size if tokens.kinds is None else (tokens.kinds != PADDING).sum())
+
+
 def _check_pictures() -> None:
     try:
         optional("matplotlib")
@@ -221,16 +234,14 @@ def _asked(model: str, data: DataSpec, options: SensitivityOptions, seed: int, p
     except UserError as problem:
         lines.append(f"--data: {problem.message}")
         hint = problem.hint
-    widest = max(max(each.ffn, each.heads * each.head_dim) for each in family.layers(header)) if not lines else 0
-    if data.samples is not None and data.samples * data.length < widest and not options.force:
-        lines.append(
-            f"{data.samples * data.length} calibration tokens for a Gram matrix of {widest} columns: under 1 a column "
-            "it is singular"
-        )
-        hint = "give more --samples (4 tokens a column or more), or --force"
+    asked = _Asked(source, header, family, data, options, seed)
+    if not lines and data.samples is not None and not options.force:
+        few = few_tokens(data.samples * data.length, asked.widest)
+        if few is not None:
+            lines, hint = [few.message], few.hint
     if lines:
         raise UserError(lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems:", *lines]), hint)
-    return _Asked(source, header, family, data, options, seed)
+    return asked
 
 
 def _check_room(asked: _Asked, machine: Machine, out: Path) -> None:

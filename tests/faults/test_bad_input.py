@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import compress
 from compress.cli import main
+from compress.errors import UserError
 from tests import tiny
 
 Breaker = Callable[[Path], None]
@@ -180,6 +182,20 @@ def test_empty_and_short_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name, says in (("empty.txt", "empty"), ("short.txt", "tokens"), ("broken.jsonl", "line 2")):
         arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--data", str(tmp_path / name), "-q"]
         refused(capsys, arguments, out, [name, says])
+
+
+def test_all_of_a_text_may_be_too_few_tokens(tmp_path: Path) -> None:
+    """How many there are is known when the step reads it: as a plan says it of windows that are counted."""
+    model, text = tiny.llama(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("ninety bytes " * 7)
+    data, one = {"source": str(text), "samples": None, "length": 32}, compress.Machine(1)
+    line = "64 calibration tokens for a Gram matrix of 96 columns: 0.67 a column"
+    with pytest.raises(UserError, match=line):
+        compress.prune(model, tmp_path / "out", ffn=0.4, data=data, machine=one)
+    with pytest.raises(UserError, match=line):
+        compress.measure_sensitivity(model, tmp_path / "seen", data=data, machine=one, pictures=False)
+    compress.prune(model, tmp_path / "out", ffn=0.4, data=data, machine=one, force=True)
+    compress.prune(model, tmp_path / "magnitude", ffn=0.4, data=data, machine=one, criterion="magnitude", refit=False)
 
 
 def test_heads_that_nothing_loads_are_refused_with_the_reason(

@@ -231,6 +231,9 @@ def test_padding_does_not_count_as_tokens_a_column(model: Path, chats: Path, tmp
     with pytest.raises(UserError, match=r"1\d\d calibration tokens besides padding for a Gram matrix of 128 columns"):
         prune(model, tmp_path / "out", data(path, samples=3), ffn=0.3)
     prune(model, tmp_path / "out", data(path, samples=3), ffn=0.3, force=True)
+    flags = ["--data", str(path), "--samples", "3", "--length", "64", "--threads", "1", "--no-pictures", "-q"]
+    assert main(["sensitivity", str(model), "-o", str(tmp_path / "seen"), *flags]) == 2
+    assert not (tmp_path / "seen").exists()
 
 
 def test_the_analysis_sees_images_as_prune_does(model: Path, chats: Path, tmp_path: Path) -> None:

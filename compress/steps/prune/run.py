@@ -72,7 +72,8 @@ def run(job: Job) -> Outcome:
         options = cast(PruneOptions, plan.options)
         pruner = _Pruner(job, plan, options, depth, weights, sight, tower, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
-        if "gram" in pruner.wanted and (said := check_tokens(tokens.kinds, pruner.groups, options.force)):
+        counted = job.data["calibration"].samples is not None
+        if "gram" in pruner.wanted and (said := check_tokens(tokens, counted, pruner.groups, options.force)):
             job.progress.note(said)
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         logits = pruner.run(ids, probe_ids)

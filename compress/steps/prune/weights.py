@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from compress.arch import Group
-from compress.data import PADDING, TOKEN_KINDS
+from compress.data import PADDING, TOKEN_KINDS, Tokens
 from compress.errors import UserError
 from compress.limits import BATCH_TOKENS
 from compress.steps.prune.enough import few_tokens
@@ -68,16 +68,19 @@ def _inverse_square(hidden: torch.Tensor) -> torch.Tensor:
     return found.clamp_min(FLOOR * float(found.median())).clamp_min(1e-30).reciprocal()
 
 
-def check_tokens(kinds: npt.NDArray[np.int8] | None, groups: Sequence[Sequence[Group]], force: bool) -> str | None:
-    """How many tokens there are for a column of the widest of the groups' Gram matrices, in words, where padding stands
-    among them: a plan counts whole windows. UserError where they are fewer than columns, unless `force`."""
-    if kinds is None or not (kinds == PADDING).any():
+def check_tokens(tokens: Tokens, planned: bool, groups: Sequence[Sequence[Group]], force: bool) -> str | None:
+    """How many tokens there are for a column of the widest of the groups' Gram matrices, in words, where a plan has not
+    counted them, as it does whole windows of a given number (`planned`): all of a text, or padding among them.
+    UserError where they are fewer than columns, unless `force`."""
+    padding = 0 if tokens.kinds is None else int((tokens.kinds == PADDING).sum())
+    if planned and not padding:
         return None
-    tokens = int((kinds != PADDING).sum())
+    count, besides = int(tokens.ids.size) - padding, " besides padding" if padding else ""
     columns = max((group.units * group.width for layer in groups for group in layer), default=1)
-    if not force and (few := few_tokens(tokens, columns, " besides padding")) is not None:
+    if not force and (few := few_tokens(count, columns, besides)) is not None:
         raise few
-    return f"{tokens} tokens besides padding, {tokens / columns:.1f} per column"
+    poor = " (under 4: the refit will be poor; give more text)" if count < 4 * columns else ""
+    return f"{count} tokens{besides}, {count / columns:.1f} per column{poor}"
 
 
 def held_share(fed: Fed, back: int) -> float:
