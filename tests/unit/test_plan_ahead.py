@@ -9,6 +9,7 @@ import pytest
 from compress.criteria import CRITERIA
 from compress.data import DataSpec
 from compress.errors import UserError
+from compress.limits import JOINT_BYTES
 from compress.machine import Machine
 from compress.plan import make_plan
 from compress.recipe import Recipe
@@ -52,6 +53,13 @@ def test_what_needs_the_whole_model_counts_it(tmp_path: Path) -> None:
     assert 8 * parameters < held["tp-taylor"].memory < 14 * parameters
     for name, found in held.items():
         assert any(note.startswith(f"{name}: first the whole stock model is held in float32") for note in found.notes)
+
+
+def test_what_a_joint_refit_keeps_of_the_inside_is_counted(tmp_path: Path) -> None:
+    """For 1,024 neurons and 32,768 tokens that is most of what is alive; beyond JOINT_BYTES nothing is kept."""
+    model = tiny.llama(tmp_path / "model", intermediate_size=1024, num_hidden_layers=1)
+    more = planned(model, joint_refit=2).memory - planned(model).memory
+    assert 3 * 4 * 64 * 512 * 820 < more < 2 * JOINT_BYTES
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "fisher"])

@@ -17,7 +17,7 @@ from compress.curves import Curves
 from compress.data import BUILTIN, expected_tokens
 from compress.errors import UserError
 from compress.formats import PLAIN, is_quantized
-from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, ENOUGH, VOCAB_BYTES
+from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, ENOUGH, JOINT_BYTES, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.choose import choose
@@ -305,15 +305,20 @@ def _memory(
     vocabulary = 2 * VOCAB_BYTES
     merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
     depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
-    # what the FFN reads and gives, and gate, up and down nine times over: beginning, step, residual, direction, product
-    seen, joint = (
-        (2 * 4 * tokens * sizes.hidden, 9 * 4 * 3 * sizes.ffn * sizes.hidden) if options.joint_refit else (0, 0)
-    )
+    seen, joint = (2 * 4 * tokens * sizes.hidden, _joint(sizes, tokens)) if options.joint_refit else (0, 0)
     work = max(solver, batch + joint, vocabulary, merging, depth)
     alive = 4 * tokens * sizes.hidden + 10 * layer + gram + seen + work
     alive = max(max(alive, first.memory) + tower.held, tower.memory)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20
+
+
+def _joint(sizes: Sizes, tokens: int) -> int:
+    """Bytes of a joint refit beside what the FFN reads and gives: gate, up and down nine times over (beginning, step,
+    residual, direction, product), the kept Gram matrix and its factor, and what is kept of the FFN's inside."""
+    factor = (8 if sizes.ffn <= DOUBLE_UP_TO else 4) * sizes.ffn**2
+    inside = min(3 * 4 * tokens * sizes.ffn, JOINT_BYTES)
+    return 9 * 4 * 3 * sizes.ffn * sizes.hidden + 4 * sizes.ffn**2 + factor + inside
 
 
 def _tokens(context: PlanContext) -> int:
