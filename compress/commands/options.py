@@ -253,9 +253,13 @@ def _number(field: FieldInfo, value: Any) -> Any:
     return value
 
 
+_CONTEXT = "context"
+
+
 def flat(function: Callable[..., None]) -> Callable[..., None]:
     """`function` as Typer sees it: every parameter that is an option group (a pydantic model or one of the dataclasses
-    above) becomes one flag a field; when called, the groups are put together again, checked by their model."""
+    above) becomes one flag a field; when called, the groups are put together again, checked by their model, which is
+    given the flags that were given alone."""
     hints = typing.get_type_hints(function, include_extras=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[type, tuple[str, ...]]] = {}
@@ -267,11 +271,18 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             parameters += fields
             groups[name] = (hints[name], tuple(field.name for field in fields))
 
+    parameters.append(inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+
     @functools.wraps(function)
     def call(**given: Any) -> None:
+        context = given.pop(_CONTEXT)
         for name, (group, fields) in groups.items():
             values = {field: given.pop(field) for field in fields}
-            given[name] = from_flags(group, values) if issubclass(group, BaseModel) else group(**values)
+            if issubclass(group, BaseModel):
+                told = [field for field in fields if context.get_parameter_source(field).name != "DEFAULT"]
+                given[name] = from_flags(group, {field: values[field] for field in told})
+            else:
+                given[name] = group(**values)
         function(**given)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -100,6 +100,7 @@ def test_who_is_refused(source: Path, folder: Path, tmp_path: Path, capsys: pyte
     refused("is of another model (the digests of config.json and weights differ)", other, folder)
     refused("--from-sensitivity: " + str(tmp_path / "no") + ": no such folder", source, tmp_path / "no")
     refused("--criterion:", source, folder, "--criterion", "flap")
+    refused("are ranked by obs, found wanda", source, folder, "--criterion", "wanda")  # the default, but asked for
     refused("not with 'keep_layers'", source, folder, "--keep-layers", "2")
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged)

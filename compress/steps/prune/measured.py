@@ -41,7 +41,7 @@ def measured(before: Header, layers: Sequence[Layer], options: PruneOptions, com
         return None
     wrong = None if same else "is of another model (the digests of config.json and weights differ)"
     wrong = wrong or _lacking(found, layers)
-    if options.criterion not in (found.criterion, PruneOptions.model_fields["criterion"].default):
+    if "criterion" in options.model_fields_set and options.criterion != found.criterion:
         complain(
             "criterion",
             f"the units of {options.from_sensitivity} are ranked by {found.criterion}, found {options.criterion}",
