@@ -275,6 +275,10 @@ def test_fewer_tokens_than_columns_are_refused_but_by_force(tmp_path: Path) -> N
     planned(model, "prune: {ffn: 0.2, refit: false}", data=data)  # no matrix, nothing to be singular
     (line,) = refusal(model, "prune: {ffn: 0.2, held_out: 0.1}", data="{calibration: {samples: 4}}")
     assert "held_out: 0.1 of 4 calibration windows is none" in line
+    (line,) = refusal(model, "prune: {ffn: 0.2, held_out: 0.2, refit: false}")
+    assert "held_out: chooses the damping of refits, which refit: false leaves out" in line
+    (line,) = refusal(model, "prune: {keep_layers: 20, held_out: 0.2}")
+    assert "held_out: chooses the damping of refits, and no units go" in line
 
 
 @pytest.mark.parametrize("part", ["calibration", "training"])

@@ -5,8 +5,12 @@ A plan asks where headers and options tell, the step where only its windows do: 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from compress.arch.kv import KV_HEADS
 from compress.errors import UserError
 from compress.steps.prune.options import PruneOptions
+from compress.steps.types import Complain
 
 
 def few_tokens(tokens: int, columns: int, besides: str = "") -> UserError | None:
@@ -29,3 +33,16 @@ def windows_back(options: PruneOptions, windows: int) -> int:
     if not 0 < back < windows:
         raise UserError(f"{options.held_out} of {windows} calibration windows is none, or all of them")
     return back
+
+
+def held_notes(options: PruneOptions, losing: Collection[str], tower: bool, complain: Complain) -> list[str]:
+    """Which refits `held_out` says nothing of; a complaint where it says nothing of any. `losing`: groups of the
+    decoder that lose units, `tower`: whether neurons of the vision merger go."""
+    if options.held_out is None:
+        return []
+    merged = KV_HEADS in losing and options.kv_merge != "drop"
+    if not options.refit:
+        complain("held_out", "chooses the damping of refits, which refit: false leaves out")
+    elif not (losing or tower):
+        complain("held_out", "chooses the damping of refits, and no units go: there are none")
+    return ["held_out: not for o_proj of merged KV heads, whose damping is as given"] if merged else []

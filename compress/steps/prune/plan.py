@@ -21,7 +21,7 @@ from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, ENOUGH,
 from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.choose import choose
-from compress.steps.prune.enough import few_tokens, windows_back
+from compress.steps.prune.enough import few_tokens, held_notes, windows_back
 from compress.steps.prune.measured import KEY, measured, predicted_loss
 from compress.steps.prune.options import PER_LAYER, PruneOptions
 from compress.steps.prune.shares import weight_notes
@@ -147,6 +147,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *first.notes,
             *_refit_note(options, decoder, keep, context, complain),
+            *held_notes(options, losing, tower.ffn < tower.whole.ffn, complain),
             *weight_notes(options, context.data["calibration"], complain),
             *([] if curves is None or loss is None else _measured_notes(curves, loss)),
         ),
