@@ -55,6 +55,16 @@ def test_what_needs_the_whole_model_counts_it(tmp_path: Path) -> None:
         assert any(note.startswith(f"{name}: first the whole stock model is held in float32") for note in found.notes)
 
 
+@pytest.mark.parametrize("whole", [{"keep_layers": 2}, {"keep_kv_heads": 1}], ids=str)
+def test_what_is_not_ranked_takes_no_backward_pass(whole: dict[str, object], tmp_path: Path) -> None:
+    options = PruneOptions(criterion="taylor", held_out=0.5 if "keep_kv_heads" in whole else None, **whole)
+    recipe = Recipe.single("prune", str(tiny.llama(tmp_path / "model")), options, data=DATA)
+    (step,) = make_plan(recipe, Machine(1), check_machine=False).steps
+    assert not any("backward" in note for note in step.notes)
+    said = "held_out: not for o_proj of merged KV heads, whose damping is as given"
+    assert (said in step.notes) == ("keep_kv_heads" in whole)
+
+
 def test_what_a_joint_refit_keeps_of_the_inside_is_counted(tmp_path: Path) -> None:
     """For 1,024 neurons and 32,768 tokens that is most of what is alive; beyond JOINT_BYTES nothing is kept."""
     model = tiny.llama(tmp_path / "model", intermediate_size=1024, num_hidden_layers=1)

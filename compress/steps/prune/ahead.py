@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from compress.arch import Family, Sizes
+from compress.arch.kv import KV_HEADS
 from compress.arch.layer import QKV_FUSED
 from compress.checkpoint.headers import Header
 from compress.criteria import CRITERIA
@@ -97,7 +98,7 @@ def _criterion(
     complain: Complain,
 ) -> Ahead:
     needs = CRITERIA[options.criterion].needs
-    if options.from_sensitivity is not None:
+    if options.from_sensitivity is not None or not set(cut) - {KV_HEADS}:  # merged KV heads are not ranked
         return Ahead()
     if needs & WHOLE:
         return _whole(options, before, family, cut, context, complain)
