@@ -70,7 +70,7 @@ def grid(group: Group, hidden: int) -> list[int]:
         return list(range(0, group.units, blocks))
     multiple = width_multiple(hidden)
     widths = range((group.units - 1) // multiple * multiple, 0, -multiple)
-    stride = -(-len(widths) // (POINTS - 1))
+    stride = max(1, -(-len(widths) // (POINTS - 1)))  # an FFN of one step has no width to go to
     return [0, *(group.units - width for width in widths[::stride])]
 
 

@@ -248,6 +248,15 @@ def test_what_an_analysis_does_not_predict_is_not_shown_beside_it(
         found.plot_predicted([tmp_path / "pruned"])
 
 
+def test_an_ffn_of_one_step_has_no_curve(tmp_path: Path) -> None:
+    """Its width has no multiple of 8 below it, as that of a model pruned to 8 neurons."""
+    source = tiny.llama(tmp_path / "source", intermediate_size=8)
+    found = compress.measure_sensitivity(source, tmp_path / "out", data=DATA, machine=ONE)
+    assert (found.losses("ffn").gone == 0).all() and found.losses("heads").gone.max() == 6
+    assert {path.stem for path in (tmp_path / "out" / "pictures").iterdir()} == {"curves-heads", "heads", "layers"}
+    assert heat_map(found)
+
+
 def test_spearman_is_the_correlation_of_ranks() -> None:
     first, second = (np.random.default_rng(seed).permutation(50) for seed in (0, 1))
     assert spearman(first, second) == pytest.approx(np.corrcoef(first, second)[0, 1])
