@@ -14,7 +14,7 @@ from compress.machine import Machine
 from compress.plan import Plan, make_plan
 from compress.recipe import loads
 from compress.steps.prune.plan import PrunePlan
-from tests import sparse
+from tests import sparse, tiny
 
 WIDE = {  # from hidden size 2048 on, widths are multiples of 256
     "hidden_size": 2048,
@@ -273,6 +273,10 @@ def test_fewer_tokens_than_columns_are_refused_but_by_force(tmp_path: Path) -> N
     (step,) = planned(model, "prune: {ffn: 0.2, force: true}", data=data).steps
     assert any("0.7 calibration tokens per column" in note for note in step.notes)
     planned(model, "prune: {ffn: 0.2, refit: false}", data=data)  # no matrix, nothing to be singular
+    wide = tiny.llama(tmp_path / "wide", num_attention_heads=16, head_dim=8)  # 128 columns of o_proj, which stays whole
+    planned(wide, "prune: {ffn: 0.4}", data="{calibration: {samples: 2, length: 50}}")
+    (line,) = refusal(wide, "prune: {ffn: 0.4, heads: 0.5}", data="{calibration: {samples: 2, length: 50}}")
+    assert "100 calibration tokens for a Gram matrix of 128 columns" in line
     (line,) = refusal(model, "prune: {ffn: 0.2, held_out: 0.1}", data="{calibration: {samples: 4}}")
     assert "held_out: 0.1 of 4 calibration windows is none" in line
     (line,) = refusal(model, "prune: {ffn: 0.2, held_out: 0.2, refit: false}")

@@ -338,7 +338,8 @@ def _refit_note(
     heads = any(each["heads"] < own(layer, "heads") for layer, each in zip(decoder.layers, keep, strict=True))
     if not (refitted or heads or decoder.kv):
         return []
-    widest = max([*refitted, decoder.most_heads.heads * decoder.most_heads.head_dim])
+    read = decoder.most_heads.heads * decoder.most_heads.head_dim if heads or decoder.kv else 0  # by o_proj
+    widest = max([*refitted, read])
     if not options.refit and (options.from_sensitivity is not None or "gram" not in CRITERIA[options.criterion].needs):
         return []
     if data.samples is None:
