@@ -88,6 +88,15 @@ def test_another_ranking_is_another_step(source: Path, folder: Path, tmp_path: P
     assert resume.units(plan_of(source, tmp_path / "s"), ONE, 10**9)[0].key != first
 
 
+@pytest.mark.parametrize(("keep", "beyond"), [(8, False), (7, True)])
+def test_a_cut_beyond_the_curves_is_told(keep: int, beyond: bool, source: Path, folder: Path) -> None:
+    options = PruneOptions(keep_ffn=keep, from_sensitivity=str(folder))
+    recipe = Recipe.single("prune", str(source), options, data=DataSpec(source="builtin", samples=8, length=64))
+    (step,) = make_plan(recipe, ONE, check_machine=False).steps
+    (note,) = (note for note in step.notes if note.startswith("predicted rise of the loss"))
+    assert note.endswith(", at least: layer 0 loses more ffn units than were measured") == beyond
+
+
 def test_who_is_refused(source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(told: str, model: Path, place: Path, *more: str) -> None:
         arguments = ["prune", str(model), "-o", str(tmp_path / "x"), "--ffn", "0.25", "--from-sensitivity", str(place)]

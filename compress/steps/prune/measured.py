@@ -6,6 +6,7 @@ are remembered, checkpoint/digests.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from compress.checkpoint.digests import model_digest
 from compress.checkpoint.headers import Header
 from compress.curves import Curves, read_curves
 from compress.errors import MachineError, UserError
+from compress.limits import ENOUGH
+from compress.steps.prune.allocate import uncovered
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.widths import WHOLE, Keeps, Layer
+from compress.steps.prune.widths import WHOLE, Decoder, Keeps, Layer
 from compress.steps.types import Complain
 
 KEY = "from_sensitivity"
@@ -61,6 +64,21 @@ def predicted_loss(found: Curves, layers: Sequence[Layer], keep: Keeps) -> float
         for name, group in layer.groups.items()
         if each[name] < group.units
     )
+
+
+def measured_notes(found: Curves, decoder: Decoder, keep: Keeps) -> list[str]:
+    """By what units are ranked, and what that predicts; the least of it, where a curve ends before the cut does."""
+    loss, beyond = predicted_loss(found, decoder.layers, keep), uncovered(keep, decoder, found.curves)
+    times = math.exp(min(loss, 700))
+    least = "" if beyond is None else f", at least: layer {beyond[0]} loses more {beyond[1]} units than were measured"
+    poor = ""
+    if (few := found.tokens_per_column) < ENOUGH:
+        poor = f"; measured on {few:.1f} calibration tokens per column, under {ENOUGH}: it means little"
+    told = f"{loss:.4f} nats a token (perplexity {times:.4g} times the dense one){least}{poor}"
+    return [
+        f"units are ranked by {found.criterion}, as {found.folder} has them",
+        f"predicted rise of the loss: {told}",
+    ]
 
 
 def receipt(found: Curves, loss: float) -> Mapping[str, Any]:

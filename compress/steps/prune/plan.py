@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -22,7 +21,7 @@ from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.choose import choose
 from compress.steps.prune.enough import few_tokens, held_notes, windows_back
-from compress.steps.prune.measured import KEY, measured, predicted_loss
+from compress.steps.prune.measured import KEY, measured, measured_notes, predicted_loss
 from compress.steps.prune.options import PER_LAYER, PruneOptions
 from compress.steps.prune.shares import weight_notes
 from compress.steps.prune.tower import WHOLE_TOWER, TowerLeft, tower_left
@@ -149,7 +148,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *_refit_note(options, decoder, keep, context, complain),
             *held_notes(options, losing, tower.ffn < tower.whole.ffn, complain),
             *weight_notes(options, context.data["calibration"], complain),
-            *([] if curves is None or loss is None else _measured_notes(curves, loss)),
+            *([] if curves is None else measured_notes(curves, decoder, keep)),
         ),
         made_with={} if curves is None else {KEY: curves.digest},
         keep=keep,
@@ -169,17 +168,6 @@ def _no_joint(options: PruneOptions, family: Family, losing: Collection[str]) ->
     if family.traced:
         return f"which matrices of a {family.name} are gate, up and down is not described; down alone is refitted"
     return None
-
-
-def _measured_notes(curves: Curves, loss: float) -> list[str]:
-    times = math.exp(min(loss, 700))
-    poor = ""
-    if (least := curves.tokens_per_column) < ENOUGH:
-        poor = f"; measured on {least:.1f} calibration tokens per column, under {ENOUGH}: it means little"
-    return [
-        f"units are ranked by {curves.criterion}, as {curves.folder} has them",
-        f"predicted rise of the loss: {loss:.4f} nats a token (perplexity {times:.4g} times the dense one){poor}",
-    ]
 
 
 def cut_shape(shape: tuple[int, ...], name: str, group: Group, keep: int) -> tuple[int, ...]:
