@@ -250,7 +250,7 @@ def _check_room(asked: _Asked, machine: Machine, out: Path) -> None:
     sizes = asked.sizes
     tokens = expected_tokens(asked.data, "calibration")
     inner = [sizes.ffn, sizes.heads * sizes.head_dim]
-    widest, prefix = max(inner), asked.family.prefix(0)
+    widest, prefix = max(inner), asked.family.prefix(asked.family.widest(asked.header))
     layer = sum(spec.parameters for name, spec in asked.header.tensors.items() if name.startswith(prefix))
     wide = 8 if widest <= DOUBLE_UP_TO else 4
     solver = wide * (4 * widest**2 + 4 * sizes.hidden * widest)

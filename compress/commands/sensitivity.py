@@ -12,6 +12,7 @@ from compress.commands.options import (
     MachineFlags,
     PlaceFlags,
     ScreenFlags,
+    flag,
     flat,
     told_what_is_kept,
 )
@@ -70,6 +71,8 @@ def sensitivity(
         raise UserError(
             "found other arguments than these, allowed: MODEL -o OUT, DIR, DIR --against RESULT, or --compare A B"
         )
+    if output is None and (unused := sorted(options.model_fields_set - {"pictures"})):
+        raise UserError(f"{flag(unused[0])}: says how a model is measured, and nothing is", hint="give MODEL -o OUT")
     if compare is not None:
         _compare(screen, *compare, cut)
     elif output is not None:

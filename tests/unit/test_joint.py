@@ -108,6 +108,16 @@ def test_it_lowers_the_error_that_the_refit_of_down_leaves(seed: int) -> None:
     assert found.error == pytest.approx(measured(found.ffn), rel=1e-4)
 
 
+def test_what_is_seen_in_float16_is_multiplied_in_float32() -> None:
+    ffn, seen = problem()
+    narrow = Seen(100 * seen.inputs.half(), seen.outputs.half())  # sums over its tokens are beyond 65,504
+    wide = Seen(narrow.inputs.float(), narrow.outputs.float())
+    found, expected = (Problem(ffn, act, each, "cpu").curved() for each in (narrow, wide))
+    assert all(torch.equal(a, b) for a, b in zip(found.gradient, expected.gradient, strict=True))
+    assert max(float(each.abs().max()) for each in expected.gradient) > 65504
+    assert found.error == expected.error
+
+
 def test_a_whole_ffn_and_a_silent_one_stay_as_they_are() -> None:
     ffn, seen = problem()
     exact = Seen(seen.inputs, apply(ffn, seen.inputs), None)

@@ -49,6 +49,11 @@ class Seen:
         """Room for what an FFN reads and gives when `hidden` [N, L, h] passes through its layer."""
         return Seen(torch.empty_like(hidden), torch.empty_like(hidden), weights)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products are taken in: sums over tokens overflow in float16, so that is float32."""
+        return torch.float32 if self.inputs.dtype == torch.float16 else self.inputs.dtype
+
     def total(self) -> float:
         """The weight of all tokens."""
         if self.weights is None:
@@ -60,7 +65,7 @@ class Seen:
         step = max(1, BATCH_TOKENS // self.inputs.shape[1])
         for start in range(0, len(self.inputs), step):
             here = slice(start, start + step)
-            x, y = (part[here].to(device).flatten(0, 1) for part in (self.inputs, self.outputs))
+            x, y = (part[here].to(device, self.dtype).flatten(0, 1) for part in (self.inputs, self.outputs))
             weight = None if self.weights is None else self.weights[here].to(device).flatten()[:, None]
             yield x, y, weight
 
@@ -87,7 +92,7 @@ class Problem:
     def __init__(self, ffn: Gated, act: Activation, seen: Seen, device: str) -> None:
         self.ffn, self.act, self.seen, self.device = ffn, act, seen, device
         self.tokens = seen.total() or 1.0
-        dtype = seen.inputs.dtype
+        dtype = seen.dtype
         self._gate, self._up, self._down = (each.to(dtype) for each in (ffn.gate, ffn.up, ffn.down))
         biases = (ffn.gate_bias, ffn.up_bias)
         self._biases = [None if each is None else each.to(dtype) for each in biases]

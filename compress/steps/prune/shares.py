@@ -10,16 +10,20 @@ from compress.steps.types import Complain
 from compress.stream import GRADIENTS, WHOLE
 
 
-def weight_notes(options: PruneOptions, data: DataSpec, complain: Complain) -> list[str]:
-    """One line on what the tokens weigh, where that is not the same; complaints about what cannot be."""
+def weight_notes(options: PruneOptions, data: DataSpec, units_go: bool, complain: Complain) -> list[str]:
+    """One line on what the tokens weigh, where that is not the same; complaints about what cannot be. `units_go`:
+    whether anything is ranked or refitted, and not whole layers dropped alone."""
     shares = options.token_shares
     if shares is None and options.token_weights == "none":
         return []
     given = options.from_sensitivity is not None
     needs = frozenset() if given else CRITERIA[options.criterion].needs
     ranks = needs - GRADIENTS - WHOLE
+    key = "token_weights" if shares is None else "token_shares"
+    if not units_go:
+        complain(key, "weighs nothing: no units go, and layers are chosen with all tokens alike")
+        return []
     if not (options.refit or ranks):
-        key = "token_weights" if shares is None else "token_shares"
         complain(key, f"weighs nothing: {options.criterion} without refit gathers no statistics of the tokens")
         return []
     notes = ["tokens weigh 1 / mean square of the residual stream"] if options.token_weights == "norm" else []
