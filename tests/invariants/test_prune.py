@@ -99,7 +99,8 @@ def test_cutting_is_masking(cut: str, tmp_path: Path) -> None:
     inputs = [{"input_ids": torch.arange(40)[None]}]
     if "vision_config" in read_header(source).config:
         inputs.append(tiny.image_inputs())
-    small, whole = load(out), load(source)
+    # in float64, where both are the same sums but for zeros: in float32 a GQA of another shape rounds in another order
+    small, whole, masked = load(out).double(), load(source).double(), masked.double()
     for given in inputs:
         torch.testing.assert_close(logits(small, given), logits(masked, given), rtol=1e-5, atol=1e-5)
         # the units did something: without them the model is another one
