@@ -74,10 +74,10 @@ calibrated on (`bench/_far_texts.py` tells how they were chosen). Share of the d
 parameters that goes: from the FFN alone, or with one query head of every KV head's group. Perplexity times dense;
 several seeds of the calibration: their mean, and in brackets the least and the most. One seed: behind it, where it was
 taken, the standard error over the judged windows in percent. All methods cut to the same widths.
-Wanda-sp and Minitron's importance are our own criteria without the refit (Wanda-sp as published adds up absolute values of
-weight times input norm, ours their squares: 47.2 against 47.0 in `docs/experiments.md`); FLAP with its biases and LLM-Pruner's score
-are re-implemented; Torch-Pruning is its own code, FFN only. FLAP's biases on o_proj and down_proj have no slot in stock
-Llama: its model lives in memory only.
+Wanda-sp and Minitron's importance are our own criteria without the refit (Wanda-sp as published adds up absolute
+values of weight times input norm, ours their squares: 47.2 against 47.0 in `docs/experiments.md`); FLAP with its biases
+and LLM-Pruner's score are re-implemented; Torch-Pruning is its own code, FFN only. FLAP's biases on o_proj and
+down_proj have no slot in stock Llama: its model lives in memory only.
 Judged in the stored bfloat16, on processors that emulate it in float32 (`judged_in` of a row).
 
 ![perplexity after 20 % are gone: our default beside peers, and by what was calibrated on](pictures/pruning.png)

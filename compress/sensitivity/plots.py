@@ -106,7 +106,7 @@ def losses(found: Sensitivity, group: str) -> Figure:
         axes.set_yscale("log")
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel(f"{NAMES.get(group, group)} removed, first in the ranking first (share of the layer's)")
+    axes.set_xlabel(f"share of the layer's {NAMES.get(group, group)} removed, in the order of the ranking")
     axes.set_ylabel("predicted rise of the loss (nats a token)")
     axes.set_title(
         f"What removing {NAMES.get(group, group)} from one layer costs after the refit, one line a layer", fontsize=10
@@ -238,9 +238,17 @@ def _name_outliers(axes: Axes, middles: Mapping[int, float], above: bool = False
         far = sorted(((cost, layer) for layer, cost in middles.items() if cost > 3 * median), reverse=True)
     else:
         far = sorted((cost, layer) for layer, cost in middles.items() if 0 < cost < median / 3)
+    names: list[tuple[float, list[int]]] = []
     for cost, layer in far[:4]:
+        if names and max(cost, names[-1][0]) < 1.5 * min(cost, names[-1][0]):  # names would lie on each other
+            names[-1][1].append(layer)
+        else:
+            names.append((cost, [layer]))
+    for cost, near in names:
         place = {"xytext": (-2, 6), "ha": "right"} if above else {"xytext": (8, -9)}
-        axes.annotate(f"layer {layer}", (0.5, cost), textcoords="offset points", fontsize=8, **place)
+        noun = "layer" if len(near) == 1 else "layers"
+        told = f"{noun} {', '.join(map(str, sorted(near)))}"
+        axes.annotate(told, (0.5, cost), textcoords="offset points", fontsize=8, **place)
 
 
 def _share_panel(axes: Axes, part: Any, group: str) -> None:

@@ -145,6 +145,19 @@ def test_the_pictures_show_the_frames(pruned: Path) -> None:
     assert [int(label) for label in heads.get_xticks()] == [0, 1, 2]
 
 
+def test_names_of_lines_that_run_beside_each_other_are_one() -> None:
+    from matplotlib.figure import Figure
+
+    from compress.sensitivity.plots import _name_outliers
+
+    axes = Figure().subplots()
+    _name_outliers(axes, dict.fromkeys(range(9), 1.0) | {9: 0.30, 10: 0.25, 11: 0.01})
+    assert [text.get_text() for text in axes.texts] == ["layer 11", "layers 9, 10"]
+    axes = Figure().subplots()
+    _name_outliers(axes, dict.fromkeys(range(9), 1.0) | {9: 3.5, 10: 9.0, 11: 3.2}, above=True)
+    assert [text.get_text() for text in axes.texts] == ["layer 10", "layers 9, 11"]
+
+
 def test_pictures_leave_pyplot_alone(pruned: Path) -> None:
     from matplotlib import pyplot
 
