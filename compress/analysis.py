@@ -36,7 +36,7 @@ from compress.formats import is_quantized
 from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, TAPE_BYTES, VOCAB_BYTES
 from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory
 from compress.needs import check_disk
-from compress.output import check_apart, check_out, locked, publish, work_folder
+from compress.output import check_apart, check_out, claimed, publish, work_folder
 from compress.plan import check_shapes
 from compress.receipt import LIBRARIES, measured_host, own_version
 from compress.resume import Work, data_key, folder_key, key_of, surroundings
@@ -102,9 +102,7 @@ def measure_sensitivity(
     _check_room(asked, machine, out)
     torch.set_num_threads(machine.threads)
     started = time.time()
-    with locked(out, (lambda: told.note(f"{out}: another run is writing it; waiting")) if wait else None):
-        if wait:
-            check_out(out, overwrite, DOCUMENT)  # the other run may have made it
+    with claimed(out, overwrite, wait, told, DOCUMENT):
         work = Work(work_folder(out, fresh))
         ledger = Ledger(work.folder / "analysis.state", lambda: _key(asked, machine), checkpoint_every)
         with work.keeping(discard):

@@ -71,7 +71,7 @@ def _what(step: Mapping[str, Any]) -> str:
         if value is not None and (key not in fields or fields[key].is_required() or value != fields[key].get_default())
     ]
     told = ", ".join(given)
-    return told if step["changes"] in ("", told) else f"{step['changes']}{f'; {told}' if told else ''}"
+    return told if step["changes"] == told else f"{step['changes']}{f'; {told}' if told else ''}"
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from compress.checkpoint.source import Source
 from compress.errors import UserError
+from compress.machine import Progress
 
 MARK = ".autoglm-compress"  # stands in every work folder of ours
+RECEIPT = "receipt.json"  # stands in every result of a run
 
 
 def rejected(out: Path) -> Path:
@@ -25,7 +27,7 @@ def rejected(out: Path) -> Path:
     return out.with_name(out.name + ".rejected")
 
 
-def check_out(out: Path, overwrite: bool, mark: str = "receipt.json") -> None:
+def check_out(out: Path, overwrite: bool, mark: str = RECEIPT) -> None:
     """Refuse an OUT that exists (unless it is a result of ours and may be replaced), and a foreign OUT.rejected.
 
     `mark`: the file that shows a result of ours.
@@ -73,6 +75,15 @@ def locked(out: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def claimed(out: Path, overwrite: bool, wait: bool, progress: Progress, mark: str = RECEIPT) -> Iterator[None]:
+    """Hold OUT's lock, and with `wait` wait for another run that holds it; as `locked` and, after that, `check_out`."""
+    with locked(out, (lambda: progress.note(f"{out}: another run is writing it; waiting")) if wait else None):
+        if wait:
+            check_out(out, overwrite, mark)  # the other run may have made it
+        yield
 
 
 def _lock(path: Path, wait: Callable[[], None] | None) -> int | None:

@@ -29,7 +29,7 @@ from compress.checkpoint.writer import sync
 from compress.device import device_of, peak_of, reset_peak
 from compress.errors import GateError, UserError
 from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory, resident_memory, torch_threads
-from compress.output import check_apart, check_out, locked, publish, rejected, work_folder
+from compress.output import check_apart, check_out, claimed, publish, rejected, work_folder
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, dump
 from compress.resume import Unit, Work
@@ -84,9 +84,7 @@ def run(
     check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
     _check_stop(stop_after, len(plan.steps))
     torch.set_num_threads(machine.threads)
-    with locked(out, (lambda: progress.note(f"{out}: another run is writing it; waiting")) if wait else None):
-        if wait:
-            check_out(out, overwrite)  # the other run may have made it
+    with claimed(out, overwrite, wait, progress):
         work = Work(work_folder(out, fresh), keep=keep_work)
         place = _Place(out, keep_work, shard_bytes, stop_after, checkpoint_every)
         execution = _Run(plan, place, work, machine, progress)

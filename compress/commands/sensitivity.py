@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,8 +72,8 @@ def sensitivity(
         raise UserError(
             "found other arguments than these, allowed: MODEL -o OUT, DIR, DIR --against RESULT, or --compare A B"
         )
-    if output is None and (unused := sorted(options.model_fields_set - {"pictures"})):
-        raise UserError(f"{flag(unused[0])}: says how a model is measured, and nothing is", hint="give MODEL -o OUT")
+    if output is None and (unused := _measuring(options, data, place, machine)):
+        raise UserError(f"{unused[0]}: says how a model is measured, and nothing is", hint="give MODEL -o OUT")
     if compare is not None:
         _compare(screen, *compare, cut)
     elif output is not None:
@@ -106,6 +107,13 @@ def sensitivity(
             _against(screen, found, folder, against, pictures=options.pictures)
         else:
             _show(screen, found, folder)
+
+
+def _measuring(options: SensitivityOptions, *groups: DataFlags | PlaceFlags | MachineFlags) -> list[str]:
+    """The flags given that say how, or where to, a model is measured."""
+    given = sorted(options.model_fields_set - {"pictures"})
+    given += [each.name for group in groups for each in fields(group) if getattr(group, each.name) != each.default]
+    return [flag(name) for name in given]
 
 
 def _show(screen: Screen, found: Any, folder: Path) -> None:

@@ -109,7 +109,8 @@ def measure(
         show(stream, done.hidden, ids, sight.images, progress)
         done.save(ledger)
     else:
-        progress.note(f"going on after {len(done.layers)} layers, where an earlier run ended")
+        after = f"{len(done.layers)} layers" if done.layers else "the backward pass"
+        progress.note(f"going on after {after}, where an earlier run ended")
     fed = Fed(done.hidden, sight.weights, token_positions(stream, ids, sight.images))
     with progress.task("measuring layers", stream.layers) as task:
         task.advance(len(done.layers))

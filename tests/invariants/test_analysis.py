@@ -283,6 +283,7 @@ REFUSED = {
     "a model's folder without -o": (["MODEL"], "a model, not a folder of scores\nhint: give -o OUT to measure it"),
     "no model": (["MISSING/x/y", "-o", "B"], "MISSING/x/y"),
     "how, and nothing to measure": (["A", "--criterion", "obs"], "--criterion: says how a model is measured"),
+    "a text, and nothing to measure": (["A", "--samples", "8"], "--samples: says how a model is measured"),
     "a bad cut": (["--compare", "A", "B", "--cut", "1.5"], "--cut: found '1.5', allowed: a number above 0 and below 1"),
     "a criterion nobody knows": (["A", "-o", "B", "--criterion", "wandas"], "unknown criterion 'wandas'; did you mean"),
     "no windows": (["A", "-o", "B", "--gradient-samples", "0"], "--gradient-samples"),

@@ -46,6 +46,12 @@ class Depth:
     kept: tuple[int, ...]
     scores: tuple[float, ...]
 
+    def told(self) -> str:
+        """`layers 3, 21-24 go, by angular`."""
+        gone: list[int] = self.document()["gone"]
+        what = f"layers {_spans(gone)} go" if len(gone) > 1 else f"layer {gone[0]} goes"
+        return f"{what}, by {self.criterion}"
+
     def document(self) -> dict[str, Any]:
         """For the receipt, importance.json and the state of a run; `restored` reads it."""
         return {
@@ -84,9 +90,7 @@ def find_depth(job: Job, streamed: Reader, ids: torch.Tensor, sight: Sight, besi
     shown = Shown(stream, ids[:count], sight.first(count))
     kept, scores = METHODS[options.layer_criterion](shown, layers - plan.layers, first, job.progress)
     found = Depth(options.layer_criterion, layers, tuple(kept), tuple(scores))
-    gone = found.document()["gone"]
-    told = f"layers {_spans(gone)} go" if len(gone) > 1 else f"layer {gone[0]} goes"
-    job.progress.note(f"decoder {told}, by {found.criterion}")
+    job.progress.note(f"decoder {found.told()}")
     if job.ledger is not None and job.ledger.due():
         job.ledger.save({"depth": found.document(), **beside.facts}, beside.tensors)
     return found

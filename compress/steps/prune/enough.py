@@ -9,7 +9,8 @@ from collections.abc import Collection
 
 from compress.arch.kv import KV_HEADS
 from compress.errors import UserError
-from compress.steps.prune.options import PruneOptions
+from compress.limits import ENOUGH
+from compress.steps.prune.options import DROP, PruneOptions
 from compress.steps.types import Complain
 
 
@@ -21,7 +22,7 @@ def few_tokens(tokens: int, columns: int, besides: str = "") -> UserError | None
     return UserError(
         f"{tokens} calibration tokens{besides} for a Gram matrix of {columns} columns: {tokens / columns:.2f} a "
         "column, and under 1 it is singular",
-        hint="give more samples (4 tokens a column or more), or force: true (--force)",
+        hint=f"give more samples ({ENOUGH} tokens a column or more), or force: true (--force)",
     )
 
 
@@ -40,7 +41,7 @@ def held_notes(options: PruneOptions, losing: Collection[str], tower: bool, comp
     decoder that lose units, `tower`: whether neurons of the vision merger go."""
     if options.held_out is None:
         return []
-    merged = KV_HEADS in losing and options.kv_merge != "drop"
+    merged = KV_HEADS in losing and options.kv_merge != DROP
     if not options.refit:
         complain("held_out", "chooses the damping of refits, which refit: false leaves out")
     elif not (losing or tower):

@@ -129,9 +129,7 @@ def cut_tower(job: Job, sight: Sight) -> CutTower:
         return _restored(job, left, state.facts["vision"], state.tensors)
     found = _found(job, plan, left, left.tower, sight.images)
     if found.depth is not None:
-        gone = found.depth.document()["gone"]
-        told = f"layers {', '.join(map(str, gone))} go" if len(gone) > 1 else f"layer {gone[0]} goes"
-        job.progress.note(f"vision {told}, by {found.depth.criterion}")
+        job.progress.note(f"vision {found.depth.told()}")
     if job.ledger is not None and job.ledger.due():
         kept = found.kept()
         job.ledger.save(kept.facts, kept.tensors)

@@ -14,7 +14,7 @@ import torch
 from compress.arch import Group
 from compress.data import PADDING, TOKEN_KINDS, Tokens
 from compress.errors import UserError
-from compress.limits import BATCH_TOKENS
+from compress.limits import BATCH_TOKENS, ENOUGH
 from compress.steps.prune.enough import few_tokens
 from compress.steps.prune.options import PruneOptions
 from compress.stream.fed import Fed
@@ -79,7 +79,7 @@ def check_tokens(tokens: Tokens, planned: bool, groups: Sequence[Sequence[Group]
     columns = max((group.units * group.width for layer in groups for group in layer), default=1)
     if not force and (few := few_tokens(count, columns, besides)) is not None:
         raise few
-    poor = " (under 4: the refit will be poor; give more text)" if count < 4 * columns else ""
+    poor = f" (under {ENOUGH}: the refit will be poor; give more text)" if count < ENOUGH * columns else ""
     return f"{count} tokens{besides}, {count / columns:.1f} per column{poor}"
 
 
