@@ -18,6 +18,7 @@ from compress.commands.options import (
     told_what_is_kept,
 )
 from compress.errors import UserError
+from compress.limits import ENOUGH
 from compress.report import Screen
 from compress.steps.prune.measuring import SensitivityOptions
 
@@ -127,7 +128,8 @@ def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pict
     from compress.sensitivity.outcome import outcome
 
     rows = [outcome(found, result) for result in results]
-    said: list[str] = []
+    few = found.measured.tokens_per_column if found.measured is not None else ENOUGH
+    said = [f"predicted from {few:.1f} calibration tokens per column, under {ENOUGH}: it means little"] * (few < ENOUGH)
     if pictures:
         drawn = found.save_predicted(rows, folder / "pictures")
         said.append(f"picture: {drawn[0]}")

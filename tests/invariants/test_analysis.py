@@ -189,6 +189,12 @@ def test_predicted_beside_measured(
     dense, after = (stage["perplexity"] for stage in receipt["stages"])
     assert row["measured"] == pytest.approx(np.log(after / dense)) and row["name"] == "pruned"
     assert found.plot_predicted([tmp_path / "pruned"]).axes[0].get_xlabel()
+    few = {"samples": 2, "length": 64}
+    compress.measure_sensitivity(source, tmp_path / "few", data=few, machine=ONE, pictures=False)
+    for measured, told in ((folder, False), (tmp_path / "few", True)):
+        assert main(["sensitivity", str(measured), "--against", str(tmp_path / "pruned"), "--no-pictures"]) == 0
+        said = capsys.readouterr().out
+        assert ("predicted from 1.3 calibration tokens per column, under 4: it means little" in said) == told
     other = tiny.llama(tmp_path / "other", seed=1)
     mine = compress.measure_sensitivity(other, tmp_path / "mine", data=DATA, machine=ONE, pictures=False)
     with pytest.raises(UserError, match="made from another model"):
