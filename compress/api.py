@@ -103,7 +103,7 @@ def run(
     `stop_after` so many steps it ends: the Result's `out` is then the last step's folder, its receipt empty.
 
     Raises UserError (nothing written), MachineError, SelfCheckError, and GateError: the result then lies in
-    OUT.rejected and is the error's `result`.
+    OUT.rejected, from where a run with other gates takes it, and is the error's `result`.
     """
     _check_names("run", keywords, get_type_hints(RunKeywords))
     read, where = _recipe(recipe, overrides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,7 @@ from compress.checkpoint.digests import digest
 from compress.checkpoint.headers import read_header, read_json
 from compress.checkpoint.per_layer import span
 from compress.device import described
-from compress.errors import UserError
+from compress.errors import MachineError, UserError
 from compress.machine import Machine, Progress
 from compress.recipe import Recipe
 from compress.steps.types import StepPlan
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compress.plan import Plan
 
 SCHEMA = 1
+DESCRIBED = ("recipe.yaml", "receipt.json", "measured.json", "README.md")  # beside the files whose digests it holds
 LIBRARIES = ("torch", "transformers", "safetensors", "bitsandbytes", "compressed-tensors", "tokenizers")
 # name of the gate -> (what it looks at, +1: must be at most, -1: must be at least)
 GATES = {
@@ -119,7 +120,7 @@ def assemble(
                 digests[path.name] = digest(path)
                 task.advance()
             parts[key] = {"name": source.name, "revision": source.revision, "sha256": digests}
-        written = {str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        written = {name: digest(path) for name, path in _written(folder)}
         task.advance()
     return {
         "receipt": SCHEMA,
@@ -138,6 +139,22 @@ def assemble(
         "gates": {"failed": failed} if plan.recipe.gates else None,
         "files": written,
     }
+
+
+def unchanged(folder: Path) -> bool:
+    """Whether a result's files are those that its receipt names, no more and no fewer, with these digests."""
+    try:
+        return dict(load_receipt(folder).get("files", {})) == {name: digest(path) for name, path in _written(folder)}
+    except (UserError, MachineError):
+        return False
+
+
+def _written(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a result that its receipt answers for, by their names in it."""
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in DESCRIBED:
+            yield name, path
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -27,8 +27,9 @@ from compress.data import DataSpec, commits, pictures_of
 from compress.device import described, device_errors, device_of, precision_of
 from compress.errors import GateError, MachineError, UserError, size
 from compress.machine import Machine, Progress
+from compress.output import RECEIPT, publish
 from compress.plan import Plan
-from compress.receipt import LIBRARIES
+from compress.receipt import LIBRARIES, unchanged
 from compress.steps import STEPS
 from compress.steps.types import Outcome, StepPlan
 
@@ -78,8 +79,9 @@ class Work:
         try:
             with device_errors():
                 yield
-        except GateError:
-            self.remove()
+        except GateError as error:
+            if self.kept(not discard):  # the records; the last step's folder is the result that was rejected
+                error.hint = "where gates alone are changed, the same command repeats no step"
             raise
         except (UserError, MachineError) as error:
             # a wrong input is mended before the next run: only whole steps can be of use to it
@@ -104,6 +106,22 @@ class Work:
         found = self.record(unit)
         assert found is not None
         return found
+
+    def reject(self, unit: Unit, rejected: Path) -> None:
+        """The folder of the last unit, described by its receipt, becomes `rejected`; on record, for `take_back`."""
+        folder = self.folder / unit.name
+        record = self.record(unit)
+        assert record is not None
+        self._write(f"{unit.name}.json", record | {"rejected": digest(folder / RECEIPT)})
+        publish(folder, rejected)
+
+    def take_back(self, unit: Unit, rejected: Path) -> None:
+        """Undo `reject`, if what lies there is still that result, to the byte."""
+        record, folder = self.record(unit), self.folder / unit.name
+        if record is None or folder.exists() or not (rejected / RECEIPT).is_file():
+            return
+        if record.get("rejected") == digest(rejected / RECEIPT) and unchanged(rejected):
+            os.rename(rejected, folder)
 
     def evaluation(self, key: str) -> dict[str, Any] | None:
         """The row measured under this key, and its seconds."""

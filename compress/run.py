@@ -37,8 +37,6 @@ from compress.steps import STEPS
 from compress.steps.evaluate.run import Evaluator
 from compress.steps.types import Job, Outcome
 
-DESCRIBED = ("recipe.yaml", "receipt.json", "measured.json", "README.md")
-
 
 @dataclass(frozen=True)
 class Result:
@@ -76,7 +74,7 @@ def run(
     that writes `out`; a running step saves its state about every `checkpoint_every` seconds.
 
     Raises UserError (nothing written), MachineError, SelfCheckError; GateError when a gate fails: the result then
-    lies in OUT.rejected. KeyboardInterrupt carries a line on what is kept.
+    lies in OUT.rejected, from where a run with other gates takes it. KeyboardInterrupt carries a line on what is kept.
     """
     progress = progress or Silent()
     check_out(out, overwrite)
@@ -136,6 +134,7 @@ class _Run:
         """All phases in order."""
         started, folder = time.time(), self.plan.source.folder
         self._begin(folder)
+        self.work.take_back(self.units[-1], rejected(self.place.out))
         taken_over = self._taken_over()
         for index, unit in enumerate(self.units):
             folder = self._unit(unit, folder, taken_over=index < taken_over)
@@ -147,7 +146,10 @@ class _Run:
         self.measured |= receipts.measured_host(self.machine, started)
         self._describe(folder, receipt)
         target = rejected(self.place.out) if failed else self.place.out
-        publish(folder, target)
+        if failed:
+            self.work.reject(self.units[-1], target)
+        else:
+            publish(folder, target)
         sync(target.parent)
         result = Result(target, receipt, self.measured, tuple(self._rows()))
         if failed:
@@ -295,7 +297,7 @@ class _Run:
         return self.work.evaluation(resume.evaluation_key(self.plan, self.machine, unit.key))
 
     def _receipt(self, folder: Path, failed: list[str]) -> dict[str, Any]:
-        for name in DESCRIBED:  # of a run that was killed just before its end
+        for name in receipts.DESCRIBED:  # of a run that was killed just before its end
             (folder / name).unlink(missing_ok=True)
         return receipts.assemble(
             plan=self.plan,

@@ -1,14 +1,18 @@
 """A GPU that is none: tensors that say they are on one and compute on the CPU, and refuse to meet tensors elsewhere.
 
-    python -m tests.fake_gpu FREE_BYTES COMMAND ...
+    python -m tests.fake_gpu
 
-The command line in a process where torch has it. It shows that everything is moved there, and back, where it must be;
-not that a real one computes the same.
+The command line in a process where torch has it: a line of JSON in, [free bytes, arguments], and one out, [exit code,
+stdout, stderr, matrix products on the GPU]. It shows that everything is moved there, and back, where it must be; not
+that a real one computes the same.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +113,8 @@ def _some(result: Any) -> bool:
     return any(isinstance(value, torch.Tensor) for value in tree_flatten(result)[0])
 
 
-def present(free: int = 2**40) -> _Gpu:
-    """Make torch say, in this process, that there is a CUDA device with `free` bytes. The mode computes on it."""
+def present() -> None:
+    """Make torch say, in this process, that there is a CUDA device. Under the mode `_Gpu` it computes."""
     _setup_privateuseone_for_python_backend("fakegpu")
     device.FIRST = "fakegpu:0"
     device.DRIVERS = (Path("/"),)
@@ -118,18 +122,24 @@ def present(free: int = 2**40) -> _Gpu:
     said: dict[str, Any] = {
         "get_device_name": "Fake GPU",
         "is_bf16_supported": True,
-        "mem_get_info": (free, free),
         "max_memory_allocated": 1,
         "reset_peak_memory_stats": None,
     }
     for name, value in said.items():
         setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes one on the CPU and moves it
-    return _Gpu()
+
+
+def run(free: int, arguments: list[str]) -> tuple[int, str, str, int]:
+    """One command line, with so many bytes free on the GPU."""
+    torch.cuda.mem_get_info = lambda *_: (free, free)  # type: ignore[assignment]
+    out, error = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(error), _Gpu() as gpu:
+        code = main(arguments)
+    return code, out.getvalue(), error.getvalue(), gpu.products
 
 
 if __name__ == "__main__":
-    with present(int(sys.argv[1])) as gpu:
-        code = main(sys.argv[2:])
-    print(f"{gpu.products} products on the fake GPU", file=sys.stderr)
-    raise SystemExit(code)
+    present()
+    for line in sys.stdin:
+        print(json.dumps(run(*json.loads(line))), flush=True)

@@ -292,7 +292,10 @@ def test_a_failed_gate_keeps_the_result_aside(tmp_path: Path, capsys: pytest.Cap
     card = (tmp_path / "out.rejected" / "README.md").read_text()
     assert "# model, compressed\n\n**Rejected: " in card and "- gate max_kl: " in card
     assert (tmp_path / "out.rejected" / "receipt.json").exists()
-    assert not (tmp_path / "out.work").exists()
+    assert "\nhint: where gates alone are changed, the same command repeats no step" in error
+    assert all(path.is_file() for path in (tmp_path / "out.work").iterdir())  # records alone
+    assert main(["run", str(recipe), "-o", str(out), "-q", "--discard"]) == 3
+    assert "hint" not in capsys.readouterr().err and not (tmp_path / "out.work").exists()
 
 
 def test_a_failed_self_check_is_ours(

@@ -170,6 +170,57 @@ def test_a_changed_option_repeats_only_what_depends_on_it(
         assert again == {name: content for name, content in contents(out).items() if name not in MOMENT}
 
 
+@pytest.fixture(scope="module")
+def refused(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a run leaves whose gate failed: `out.rejected` and `out.work`."""
+    folder = tmp_path_factory.mktemp("refused")
+    line = ["run", str(recipe), "-o", str(folder / "out"), *LINES, "-q", "--set", "gates.max_kl=1e-9"]
+    assert main(line) == 3
+    assert sorted(path.name for path in folder.iterdir()) == ["out.rejected", "out.work"]
+    return folder
+
+
+def test_what_a_gate_rejected_is_taken_where_gates_alone_are_changed(
+    recipe: Path, refused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = shutil.copytree(refused, tmp_path / "here")
+    line = ["run", str(recipe), "-o", str(here / "out"), *LINES, "-q", "--set"]
+    names = ran(monkeypatch)
+    assert main([*line, "gates.max_kl=1e-9"]) == 3 and names == []  # as before: nothing is done twice
+    assert contents(here / "out.rejected").keys() == contents(refused / "out.rejected").keys()
+    found = finish(recipe, here / "out", "--set", "gates.max_kl=9")
+    assert names == [] and not (here / "out.rejected").exists()
+    assert found == finish(recipe, tmp_path / "again", "--set", "gates.max_kl=9")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "change"),
+    [
+        (lambda rejected: None, ["--set", "steps.2.format=w8a16"]),
+        (lambda rejected: None, ["--fresh"]),
+        (lambda rejected: (rejected / "extra").touch(), []),
+        (lambda rejected: (rejected / "config.json").write_text("{}"), []),
+        (lambda rejected: (rejected / "receipt.json").write_text("{}"), []),
+        (shutil.rmtree, []),
+    ],
+)
+def test_what_a_gate_rejected_is_left_where_anything_else_has_changed(
+    spoil: Callable[[Path], None],
+    change: list[str],
+    recipe: Path,
+    refused: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = shutil.copytree(refused, tmp_path / "here")
+    spoil(here / "out.rejected")
+    before = contents(here / "out.rejected")
+    names = ran(monkeypatch)
+    assert main(["run", str(recipe), "-o", str(here / "out"), *LINES, "-q", "--stop-after", "1", *change]) == 0
+    assert names == ["prune"]
+    assert contents(here / "out.rejected") == before
+
+
 def test_a_changed_source_is_another_input(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     changed = tmp_path / "model"

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from safetensors.torch import load_file
@@ -18,21 +19,31 @@ TEXT = ["--samples", "4", "--length", "32", "--threads", "1"]
 CUT = ["--ratio", "0.2", "--heads", "0.5"]
 AMPLE = 2**40
 Main = Callable[..., tuple[int, str, str]]
+OnGpu = Callable[..., tuple[int, str, int]]
 
 
-def on_gpu(*arguments: str, free: int = AMPLE, device: str = "cuda") -> tuple[int, str, int]:
-    """Exit code, what was said, and how many matrix products were taken on the GPU."""
-    line = [sys.executable, "-m", "tests.fake_gpu", str(free), *arguments, "-q", "--device", device]
-    ran = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, check=False)
-    *said, last = ran.stderr.splitlines()
-    assert last.endswith("products on the fake GPU"), ran.stderr
-    return ran.returncode, ran.stdout + "\n".join(said), int(last.split()[0])
+@pytest.fixture(scope="module")
+def on_gpu() -> Iterator[OnGpu]:
+    """Runs the command line where there is one: exit code, what was said, matrix products taken on the GPU."""
+    command, environment = [sys.executable, "-m", "tests.fake_gpu"], os.environ | {"COLUMNS": "200"}
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment) as process:
+        asked, told = process.stdin, process.stdout
+        assert asked and told
+
+        def run(*arguments: str, free: int = AMPLE, device: str = "cuda") -> tuple[int, str, int]:
+            asked.write(json.dumps([free, [*arguments, "-q", "--device", device]]) + "\n")
+            asked.flush()
+            code, out, error, products = json.loads(told.readline())
+            return code, out + error, products
+
+        yield run
+        asked.close()
 
 
 @pytest.mark.parametrize(
     ("family", "criterion"), [("llama", "obs"), ("glm4v", "wanda"), ("llama", "activation"), ("glm4v", "taylor")]
 )
-def test_prune(family: str, criterion: str, tmp_path: Path, main: Main) -> None:
+def test_prune(family: str, criterion: str, tmp_path: Path, main: Main, on_gpu: OnGpu) -> None:
     model = getattr(tiny, family)(tmp_path / "model")
     joint = ["--joint-refit", "2"] if criterion == "wanda" else []
     work = ["prune", str(model), *CUT, *TEXT, "--criterion", criterion, *joint, "-o"]
@@ -54,7 +65,7 @@ def test_prune(family: str, criterion: str, tmp_path: Path, main: Main) -> None:
 
 
 @pytest.mark.parametrize("criterion", ["influence", "loss"])
-def test_whole_layers_and_kv_heads(criterion: str, tmp_path: Path, main: Main) -> None:
+def test_whole_layers_and_kv_heads(criterion: str, tmp_path: Path, main: Main, on_gpu: OnGpu) -> None:
     model = tiny.glm4v(tmp_path / "model", num_hidden_layers=3)
     cut = ["--keep-layers", "2", "--layer-criterion", criterion, "--keep-kv-heads", "1", "--keep-heads", "6"]
     work = ["prune", str(model), *cut, "--samples", "6", "--length", "32", "--threads", "1", "-o"]
@@ -69,7 +80,7 @@ def test_whole_layers_and_kv_heads(criterion: str, tmp_path: Path, main: Main) -
     assert names and all(weights[0][name].allclose(weights[1][name], rtol=1e-3, atol=1e-4) for name in names)
 
 
-def test_the_vision_tower(tmp_path: Path, main: Main) -> None:
+def test_the_vision_tower(tmp_path: Path, main: Main, on_gpu: OnGpu) -> None:
     model, chats = sight.can_see(tiny.glm4v(tmp_path / "model")), sight.chats(tmp_path / "data", count=40)
     work = ["prune", str(model), "--keep-vision-layers", "1", "--keep-vision-ffn", "24", "--criterion", "obs"]
     work += ["--data", str(chats), "--samples", "20", "--length", "64", "--threads", "1", "--held-out", "0.3", "-o"]
@@ -80,7 +91,7 @@ def test_the_vision_tower(tmp_path: Path, main: Main) -> None:
     assert all(value.allclose(weights[0][key], rtol=1e-3, atol=1e-4) for key, value in weights[1].items())
 
 
-def test_images(tmp_path: Path, main: Main) -> None:
+def test_images(tmp_path: Path, main: Main, on_gpu: OnGpu) -> None:
     model, chats = sight.can_see(tiny.glm4v(tmp_path / "model")), sight.chats(tmp_path / "data")
     work = ["prune", str(model), *CUT, "--data", str(chats), "--samples", "5", "--length", "64", "--threads", "1"]
     work += ["--token-shares", "image=1,prompt=1,answer=2", "--token-weights", "norm", "-o"]
@@ -91,7 +102,7 @@ def test_images(tmp_path: Path, main: Main) -> None:
     assert all(value.allclose(weights[0][key], rtol=1e-3, atol=1e-4) for key, value in weights[1].items())
 
 
-def test_sensitivity(tmp_path: Path, main: Main) -> None:
+def test_sensitivity(tmp_path: Path, main: Main, on_gpu: OnGpu) -> None:
     model = tiny.llama(tmp_path / "model")
     work = ["sensitivity", str(model), *TEXT, "--criterion", "obs", "--no-pictures", "-o"]
     code, said, products = on_gpu(*work, str(tmp_path / "gpu"))
@@ -104,7 +115,7 @@ def test_sensitivity(tmp_path: Path, main: Main) -> None:
 
 
 @pytest.mark.parametrize("format", ["w8a16", "w8a8"])
-def test_evaluate(format: str, tmp_path: Path, main: Main) -> None:
+def test_evaluate(format: str, tmp_path: Path, main: Main, on_gpu: OnGpu) -> None:
     model = tiny.llama(tmp_path / "model")
     assert main("quantize", str(model), "-o", str(tmp_path / "small"), "--format", format, "-q")[0] == 0
     work = ["evaluate", str(tmp_path / "small"), "--reference", str(model), *TEXT, "--json"]
@@ -117,7 +128,7 @@ def test_evaluate(format: str, tmp_path: Path, main: Main) -> None:
     assert found["kl"] == pytest.approx(expected["kl"], rel=0.1, abs=1e-5)
 
 
-def test_what_cannot_be(tmp_path: Path, main: Main) -> None:
+def test_what_cannot_be(tmp_path: Path, main: Main, on_gpu: OnGpu) -> None:
     model = tiny.llama(tmp_path / "model")
     code, said, products = on_gpu("prune", str(model), *CUT, *TEXT, "-o", str(tmp_path / "out"), free=1000)
     assert (code, products) == (4, 0)

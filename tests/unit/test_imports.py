@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -121,13 +122,16 @@ class Import:
     at_once: bool
 
 
-def imports(source: str) -> Iterator[Import]:
+@cache
+def imports(source: str) -> tuple[Import, ...]:
     """All imports in `source`, those in functions and under TYPE_CHECKING included, and literal `import_module`s."""
     tree = ast.parse(source)
     at_once = set(_at_once(tree))
-    for node in ast.walk(tree):
-        for target in _targets(node):
-            yield Import(target, node.lineno, node in at_once)  # type: ignore[attr-defined]
+    return tuple(
+        Import(target, node.lineno, node in at_once)  # type: ignore[attr-defined]
+        for node in ast.walk(tree)
+        for target in _targets(node)
+    )
 
 
 def _at_once(tree: ast.AST) -> Iterator[ast.AST]:
