@@ -188,6 +188,7 @@ def greedy_removal(
         # both `current` and `inverse` hold the alive columns only
         score = _unit_costs(current, inverse, width)
         if since_refresh >= REFRESH or bool((score < 0).any()) or not bool(torch.isfinite(score).all()):
+            del inverse  # at most three matrices of this size at a time: plans count as many
             inverse = _inverse(hessian, ridge, _columns(alive, width), dtype, what)
             score = _unit_costs(current, inverse, width)
             since_refresh = 0
@@ -200,9 +201,10 @@ def greedy_removal(
         stay_units[position] = False
         stay = stay_units.repeat_interleave(width)
         across = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # Q M[B, stay]
-        current = current[:, stay] - current[:, gone] @ across
-        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ across
-        inverse = (inverse + inverse.T) / 2
+        current = current[:, stay].addmm_(current[:, gone], across, alpha=-1)
+        aside = inverse[stay][:, gone]
+        inverse = inverse[stay][:, stay].addmm_(aside, across, alpha=-1)
+        inverse = (inverse + inverse.T).div_(2)
         alive = alive[stay_units]
         since_refresh += count * width
     return Removal(torch.cat(order), torch.cat(cost).to(torch.float32))
@@ -232,7 +234,9 @@ def _inverse(
 ) -> torch.Tensor:
     system = hessian[columns][:, columns].to(dtype)
     system.diagonal().add_(ridge[columns].to(dtype))
-    inverse: torch.Tensor = torch.cholesky_inverse(factor(system, what))
+    lower = factor(system, what)
+    del system
+    inverse: torch.Tensor = torch.cholesky_inverse(lower)
     return inverse
 
 

@@ -142,6 +142,16 @@ def test_finished_steps_and_measurements_are_not_repeated(
     assert taken == [True, True, False]
 
 
+@pytest.fixture(scope="module")
+def unpublished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a run leaves that ended just before its result was in place: `out.work`, with every step."""
+    folder = tmp_path_factory.mktemp("unpublished")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(import_module("compress.run"), "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["run", str(recipe), "-o", str(folder / "out"), *LINES, "-q", "--keep-work"]) == 130
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "repeated"),
     [
@@ -155,13 +165,15 @@ def test_finished_steps_and_measurements_are_not_repeated(
     ],
 )
 def test_a_changed_option_repeats_only_what_depends_on_it(
-    change: list[str], repeated: list[str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: list[str],
+    repeated: list[str],
+    recipe: Path,
+    unpublished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = tmp_path / "out"
+    out = shutil.copytree(unpublished, tmp_path / "here") / "out"
     line = ["run", str(recipe), "-o", str(out), *LINES, "-q", "--keep-work"]
-    with monkeypatch.context() as patched:  # all steps are done, nothing is in place
-        patched.setattr(import_module("compress.run"), "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main(line) == 130
     names = ran(monkeypatch)
     assert main([*line, *change]) == 0
     assert names == repeated
