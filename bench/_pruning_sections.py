@@ -84,6 +84,7 @@ Judged in the stored bfloat16, on processors that emulate it in float32 (`judged
 """
 
 
+ALL = ("wikitext", *FAR_TEXTS)
 Cells = dict[tuple[str, str, str, float], list[Row]]  # (calibration, method, shape, ratio) -> one row a seed
 ROW = ("method", "calibration", "shape", "ratio", "seed", "dense")  # what tells rows of one setting apart
 
@@ -96,25 +97,32 @@ def pruning(rows: list[Row]) -> str:
     for row in rows:
         judged.setdefault(tuple(row["found"].get("ratio", row["found"].get("perplexity"))), []).append(row)
     for texts, same in sorted(judged.items(), key=lambda item: -len(item[0])):
-        for setting, group in by_setting(same, ROW).items():
-            parts.append(_one_setting(texts, described(setting), group))
+        dense = [row for row in same if "dense" in row["key"]]
+        for setting, group in by_setting([row for row in same if row not in dense], ROW).items():
+            parts.append(_one_setting(texts, described(setting), group, _dense(group[0], dense)))
     return "\n".join(parts)
 
 
-def _one_setting(texts: tuple[str, ...], setting: str, rows: list[Row]) -> str:
-    dense: dict[str, float] = next((row["found"]["perplexity"] for row in rows if "dense" in row["key"]), {})
+def _dense(row: Row, dense: list[Row]) -> dict[str, float]:
+    """Perplexity of the model that this row was pruned from, on the same windows: whatever it was calibrated on."""
+    same = ("model", "length", "windows")
+    found = (other["found"]["perplexity"] for other in dense if all(other["key"][k] == row["key"][k] for k in same))
+    return next(found, {})
+
+
+def _one_setting(texts: tuple[str, ...], setting: str, rows: list[Row], dense: dict[str, float]) -> str:
     told = (f"{name} ({FAR_TEXTS[name].kind})" if name in FAR_TEXTS else "WikiText-2 test" for name in texts)
     named = (f"{text}: {number(dense.get(name), 2) or 'not measured'}" for name, text in zip(texts, told, strict=True))
     parts = [f"{setting}. Dense perplexity: {'; '.join(named)}.\n"]
     cells: Cells = {}
     for row in rows:
-        if "dense" not in row["key"]:
-            key = row["key"]
-            cells.setdefault((key["calibration"], key["method"], key["shape"], key["ratio"]), []).append(row["found"])
+        key = row["key"]
+        cells.setdefault((key["calibration"], key["method"], key["shape"], key["ratio"]), []).append(row["found"])
     for calibration, title in CALIBRATED.items():
         if any(cell[0] == calibration for cell in cells):
             parts.append(f"**Calibrated on {title}**\n\n{_ratios_table(cells, calibration, texts)}")
-    parts.append(_musts_table(cells, texts) + _far_table(cells, texts[1:]))
+    if texts == ALL and rows[0]["key"]["samples"] == DEFAULT[1]:  # what is to be met is asked of these
+        parts.append(_musts_table(cells, texts) + _far_table(cells, texts[1:]))
     return "\n".join(parts)
 
 
@@ -210,7 +218,7 @@ def ablation(rows: list[Row]) -> str:
     found: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
         key = {"calibration": "wikitext", "shape": "ffn", "ratio": 0.20, "seed": 0, "length": 512, "windows": 64}
-        if key.items() <= row["key"].items() and tuple(row["found"]["ratio"]) == ("wikitext", *FAR_TEXTS):
+        if key.items() <= row["key"].items() and tuple(row["found"]["ratio"]) == ALL:
             found[row["key"]["method"], row["key"]["samples"]] = row["found"]["ratio"]
     if DEFAULT not in found:
         return f"{ABLATED}\nNot measured yet.\n"
