@@ -27,10 +27,11 @@ from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.ledger import EVERY, Ledger
 from compress.checkpoint.writer import sync
 from compress.device import device_of, peak_of, reset_peak
-from compress.errors import GateError, UserError
+from compress.errors import GateError
 from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory, resident_memory, torch_threads
-from compress.output import check_apart, check_out, claimed, publish, rejected, work_folder
-from compress.plan import Plan, make_plan
+from compress.output import claimed, publish, rejected, work_folder
+from compress.plan import Plan
+from compress.prepare import prepare
 from compress.recipe import Recipe, dump
 from compress.resume import Unit, Work
 from compress.steps import STEPS
@@ -77,10 +78,16 @@ def run(
     lies in OUT.rejected, from where a run with other gates takes it. KeyboardInterrupt carries a line on what is kept.
     """
     progress = progress or Silent()
-    check_out(out, overwrite)
-    plan = make_plan(recipe, machine, progress=progress, where=where, out=out, shard_bytes=shard_bytes)
-    check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
-    _check_stop(stop_after, len(plan.steps))
+    plan = prepare(
+        recipe,
+        out,
+        machine,
+        overwrite=overwrite,
+        stop_after=stop_after,
+        progress=progress,
+        where=where,
+        shard_bytes=shard_bytes,
+    )
     torch.set_num_threads(machine.threads)
     with claimed(out, overwrite, wait, progress):
         work = Work(work_folder(out, fresh), keep=keep_work)
@@ -94,12 +101,6 @@ def run(
         if result.receipt:
             work.remove()
         return result
-
-
-def _check_stop(stop_after: int | None, steps: int) -> None:
-    if stop_after is not None and not 1 <= stop_after < steps:
-        allowed = f"from 1 to {steps - 1}" if steps > 1 else "none: the recipe has one step"
-        raise UserError(f"--stop-after: found {stop_after}, allowed: a number of steps {allowed}")
 
 
 @dataclass(frozen=True)

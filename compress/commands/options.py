@@ -159,6 +159,10 @@ class RunFlags(PlaceFlags):
         str | None, typer.Option("--stop-after", metavar="N", help="End after N steps; keep OUT.work.", **_OUTPUT)
     ] = None
 
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, as plan does; write nothing.", **_OUTPUT)
+    ] = False
+
     def arguments(self) -> dict[str, Any]:
         """As keywords of `compress.run.run`."""
         return super().arguments() | {

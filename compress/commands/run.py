@@ -18,6 +18,7 @@ from compress.commands.options import (
     told_what_is_kept,
 )
 from compress.errors import GateError
+from compress.prepare import prepare
 from compress.recipe import Recipe, find, load
 from compress.steps import STEPS
 from compress.steps.types import StepOptions
@@ -65,9 +66,17 @@ def run_one(
 def run_recipe(
     recipe: Recipe, out: Path, place: RunFlags, machine: MachineFlags, show: ScreenFlags, where: str | None
 ) -> None:
-    """Run `recipe` into `out` and print the result. `where` names the recipe in messages; None: they name flags."""
+    """Run `recipe` into `out` and print the result, or with --dry-run its plan. `where` names the recipe in messages;
+    None: they name flags."""
     screen, limits = show.screen(), machine.machine()
     machine.note(screen)
+    if place.dry_run:
+        with screen:
+            keys = ("overwrite", "stop_after", "shard_bytes")
+            given = {key: value for key, value in place.arguments().items() if key in keys}
+            made = prepare(recipe, out, limits, progress=screen.progress, where=where, **given)
+        screen.plan(made)
+        return
     from compress.run import Result
     from compress.run import run as carry_out
 

@@ -323,3 +323,20 @@ def test_a_step_says_what_its_plan_warns_of(main: Main, tmp_path: Path) -> None:
     assert code == 0
     assert "\n  refit: 1.3 calibration tokens per column (under 4: the refit will be poor; give more samples)\n" in err
     assert main(*line, "-o", str(tmp_path / "quiet"), "-q")[::2] == (0, "")
+
+
+def test_a_dry_run_is_the_plan_and_writes_nothing(main: Main, tmp_path: Path) -> None:
+    model, out = tiny.llama(tmp_path / "model"), tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model}\nsteps:\n- prune: {{ffn: 0.5}}\ngates: {{max_kl: 1}}\n")
+    before = sorted(tmp_path.rglob("*"))
+    code, planned, _ = main("plan", str(recipe), "--json")
+    assert code == 0
+    assert main("run", str(recipe), "-o", str(out), "--dry-run", "--json")[:2] == (0, planned)
+    code, found, _ = main("prune", str(model), "-o", str(out), "--ffn", "0.5", "--dry-run", "--json")
+    assert code == 0 and json.loads(found)["steps"] == json.loads(planned)["steps"]
+    code, _, said = main("run", str(recipe), "-o", str(out), "--dry-run", "--set", "gates.max_parameters=1")
+    assert code == 3 and "gate max_parameters: the plan gives" in said
+    code, _, said = main("prune", str(model), "-o", str(model), "--ffn", "0.5", "--dry-run")
+    assert code == 2 and "is not a result of ours" in said
+    assert sorted(tmp_path.rglob("*")) == before

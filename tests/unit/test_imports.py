@@ -28,7 +28,7 @@ LAYERS = (
     ("commands",),
     ("api", "report"),
     ("run", "analysis"),
-    ("resume",),
+    ("resume", "prepare"),
     ("receipt",),
     ("plan", "check", "card", "inspect", "output", "recipe_schema", "sensitivity"),
     ("needs",),
