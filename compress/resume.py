@@ -115,13 +115,15 @@ class Work:
         self._write(f"{unit.name}.json", record | {"rejected": digest(folder / RECEIPT)})
         publish(folder, rejected)
 
-    def take_back(self, unit: Unit, rejected: Path) -> None:
-        """Undo `reject`, if what lies there is still that result, to the byte."""
-        record, folder = self.record(unit), self.folder / unit.name
-        if record is None or folder.exists() or not (rejected / RECEIPT).is_file():
-            return
-        if record.get("rejected") == digest(rejected / RECEIPT) and unchanged(rejected):
-            os.rename(rejected, folder)
+    def take_back(self, unit: Unit, rejected: Path) -> bool:
+        """Undo `reject`, if what lies there is still that result, to the byte. Returns whether it was."""
+        record = self.record(unit)
+        if record is None or not (rejected / RECEIPT).is_file():
+            return False
+        if record.get("rejected") != digest(rejected / RECEIPT) or not unchanged(rejected):
+            return False
+        os.rename(rejected, self.folder / unit.name)
+        return True
 
     def evaluation(self, key: str) -> dict[str, Any] | None:
         """The row measured under this key, and its seconds."""

@@ -135,7 +135,6 @@ class _Run:
         """All phases in order."""
         started, folder = time.time(), self.plan.source.folder
         self._begin(folder)
-        self.work.take_back(self.units[-1], rejected(self.place.out))
         taken_over = self._taken_over()
         for index, unit in enumerate(self.units):
             folder = self._unit(unit, folder, taken_over=index < taken_over)
@@ -187,9 +186,15 @@ class _Run:
                 for unit in done[:-1]
                 if self._is_evaluated(unit)
             )
-            if recorded and measured and (self.work.folder / done[-1].name).is_dir():
+            if recorded and measured and self._is_there(done[-1]):
                 return count
         return 0
+
+    def _is_there(self, unit: Unit) -> bool:
+        """Whether the unit's folder is in OUT.work, or was taken back from OUT.rejected."""
+        if (self.work.folder / unit.name).is_dir():
+            return True
+        return unit is self.units[-1] and self.work.take_back(unit, rejected(self.place.out))
 
     def _unit(self, unit: Unit, source: Path, taken_over: bool) -> Path:
         target = self.work.folder / unit.name

@@ -210,6 +210,7 @@ def test_what_a_gate_rejected_is_taken_where_gates_alone_are_changed(
     [
         (lambda rejected: None, ["--set", "steps.2.format=w8a16"]),
         (lambda rejected: None, ["--fresh"]),
+        (lambda rejected: None, ["--set", "data.evaluation.samples=3"]),  # earlier stages were not measured so
         (lambda rejected: (rejected / "extra").touch(), []),
         (lambda rejected: (rejected / "config.json").write_text("{}"), []),
         (lambda rejected: (rejected / "receipt.json").write_text("{}"), []),
