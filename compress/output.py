@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from compress.checkpoint.headers import read_json
 from compress.checkpoint.source import Source
 from compress.errors import UserError
 from compress.machine import Progress
@@ -28,7 +29,8 @@ def rejected(out: Path) -> Path:
 
 
 def check_out(out: Path, overwrite: bool, mark: str = RECEIPT) -> None:
-    """Refuse an OUT that exists (unless it is a result of ours and may be replaced), and a foreign OUT.rejected.
+    """Refuse an OUT that exists (unless it is a result of ours and may be replaced) or cannot be written, a foreign
+    OUT.work, and an OUT.rejected that no gate has rejected.
 
     `mark`: the file that shows a result of ours.
     """
@@ -36,6 +38,9 @@ def check_out(out: Path, overwrite: bool, mark: str = RECEIPT) -> None:
         raise UserError(f"{out}: not a folder that can be written")
     if out.is_symlink():
         raise UserError(f"{out}: a link; name the folder it leads to")
+    for folder in (work_of(out), rejected(out)):
+        if folder.is_symlink():
+            raise UserError(f"{folder}: a link, where a run puts a folder of its own", hint="move it away")
     for folder in (out, rejected(out)):
         if os.path.lexists(folder) and not (folder / mark).is_file():
             what = f"no {mark}" if folder.is_dir() else "no folder"
@@ -43,8 +48,37 @@ def check_out(out: Path, overwrite: bool, mark: str = RECEIPT) -> None:
                 f"{folder}: exists already and is not a result of ours ({what}); it is not replaced",
                 hint="move it away, or give another output folder",
             )
+    if mark == RECEIPT and not _was_rejected(rejected(out)):
+        raise UserError(
+            f"{rejected(out)}: exists already, and no gate has rejected it; it is not replaced",
+            hint="move it away, or give another output folder",
+        )
     if out.exists() and not overwrite:
         raise UserError(f"{out}: exists already", hint="--overwrite replaces it")
+    _check_work(work_of(out))
+    try:
+        check_takes(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _was_rejected(folder: Path) -> bool:
+    """Whether there is nothing, or a result whose receipt names gates that failed."""
+    return not folder.exists() or bool((read_json(folder / RECEIPT).get("gates") or {}).get("failed"))
+
+
+def _check_work(work: Path) -> None:
+    if os.path.lexists(work) and not (work / MARK).is_file():
+        raise UserError(f"{work}: exists and is not a work folder of ours")
+
+
+def check_takes(path: Path) -> None:
+    """OSError where `path` cannot be made: by the nearest folder that exists. Leaves nothing behind."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass  # tried, not asked: permission bits do not tell of a read-only file system
 
 
 def check_apart(out: Path, sources: Sequence[Source]) -> None:
@@ -106,8 +140,7 @@ def _lock(path: Path, wait: Callable[[], None] | None) -> int | None:
 def work_folder(out: Path, fresh: bool) -> Path:
     """OUT.work: what an earlier run of ours left there, or with `fresh` an empty one."""
     work = work_of(out)
-    if os.path.lexists(work) and not (work / MARK).is_file():
-        raise UserError(f"{work}: exists and is not a work folder of ours")
+    _check_work(work)
     try:
         if fresh and work.exists():
             shutil.rmtree(work)

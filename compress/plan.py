@@ -176,7 +176,12 @@ def _plan_steps(recipe: Recipe, before: Header, context: PlanContext, complaints
         def complain(key: str, message: str, hint: str | None = None, at: str = f"steps.{index}.{entry.kind}") -> None:
             complaints.add(f"{at}.{key}" if key else at, message, hint)
 
-        step = STEPS[entry.kind].plan(before, entry.options, context, complain)
+        try:
+            step = STEPS[entry.kind].plan(before, entry.options, context, complain)
+        except (UserError, MachineError):
+            if not complaints.lines and complaints.machine is None:
+                raise
+            break  # the step read what was refused above, such as data that are not there: that has been said
         if step is None:
             continue  # it has complained; the later steps may have complaints of their own
         planned.append(step)

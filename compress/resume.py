@@ -100,6 +100,20 @@ class Work:
         name = f"{unit.name}.json"
         return self._read(name, unit.key) if (self.folder / name).is_file() else None
 
+    def begin(self, unit: Unit, state: Ledger, written: Ledger) -> None:
+        """The unit's work begins. What lies under its name and was made under another key goes first: a record or a
+        state of that key would otherwise vouch for the weights that this run puts beside it."""
+        folder = self.folder / unit.name
+        (self.folder / f"{unit.name}.json").unlink(missing_ok=True)
+        for ledger in (state, written):
+            if not ledger.holds():
+                ledger.file.unlink(missing_ok=True)
+        if not state.file.exists():
+            shutil.rmtree(folder.with_name(f"{unit.name}.partial"), ignore_errors=True)
+        if not written.file.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        sync(self.folder)
+
     def finished(self, unit: Unit, record: Mapping[str, Any]) -> dict[str, Any]:
         """The unit's folder is whole and checked. Returns the record as a later run would read it."""
         self._write(f"{unit.name}.json", {"key": unit.key, **record})
@@ -108,22 +122,25 @@ class Work:
         return found
 
     def reject(self, unit: Unit, rejected: Path) -> None:
-        """The folder of the last unit, described by its receipt, becomes `rejected`; on record, for `take_back`."""
+        """The folder of the last unit, described by its receipt, becomes `rejected`; on record, for `is_rejected`."""
         folder = self.folder / unit.name
         record = self.record(unit)
         assert record is not None
         self._write(f"{unit.name}.json", record | {"rejected": digest(folder / RECEIPT)})
         publish(folder, rejected)
 
-    def take_back(self, unit: Unit, rejected: Path) -> bool:
-        """Undo `reject`, if what lies there is still that result, to the byte. Returns whether it was."""
+    def is_rejected(self, unit: Unit, rejected: Path) -> bool:
+        """Whether what lies there is still what `reject` put there, to the byte."""
         record = self.record(unit)
         if record is None or not (rejected / RECEIPT).is_file():
             return False
-        if record.get("rejected") != digest(rejected / RECEIPT) or not unchanged(rejected):
-            return False
-        os.rename(rejected, self.folder / unit.name)
-        return True
+        return record.get("rejected") == digest(rejected / RECEIPT) and unchanged(rejected)
+
+    def take_back(self, unit: Unit, rejected: Path) -> Path:
+        """Undo `reject`; returns the unit's folder."""
+        folder = self.folder / unit.name
+        os.rename(rejected, folder)
+        return folder
 
     def evaluation(self, key: str) -> dict[str, Any] | None:
         """The row measured under this key, and its seconds."""

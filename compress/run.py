@@ -27,7 +27,7 @@ from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.ledger import EVERY, Ledger
 from compress.checkpoint.writer import sync
 from compress.device import device_of, peak_of, reset_peak
-from compress.errors import GateError
+from compress.errors import GateError, UserError
 from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory, resident_memory, torch_threads
 from compress.output import claimed, publish, rejected, work_folder
 from compress.plan import Plan
@@ -139,10 +139,18 @@ class _Run:
         for index, unit in enumerate(self.units):
             folder = self._unit(unit, folder, taken_over=index < taken_over)
             if self.place.stop_after is not None and self.place.stop_after <= unit.last < len(self.plan.steps):
+                if not folder.is_dir():
+                    later = self.units[taken_over - 1].name
+                    raise UserError(
+                        f"--stop-after: {unit.name} is over and its folder gone; an earlier run went on to {later}",
+                        hint="--fresh starts over; --keep-work keeps the steps' folders",
+                    )
                 self.progress.note(f"stopped after {unit.name}; the same command without --stop-after goes on")
                 return Result(folder, {}, self.measured, tuple(self._rows()))
         failed = receipts.failed_gates(self.recipe, self.stages, self.plan.steps[-1])
         receipt = self._receipt(folder, failed)
+        if folder.parent != self.work.folder:
+            folder = self.work.take_back(self.units[-1], folder)
         self.measured |= receipts.measured_host(self.machine, started)
         self._describe(folder, receipt)
         target = rejected(self.place.out) if failed else self.place.out
@@ -191,10 +199,10 @@ class _Run:
         return 0
 
     def _is_there(self, unit: Unit) -> bool:
-        """Whether the unit's folder is in OUT.work, or was taken back from OUT.rejected."""
+        """Whether the unit's folder is in OUT.work, or as it was in OUT.rejected."""
         if (self.work.folder / unit.name).is_dir():
             return True
-        return unit is self.units[-1] and self.work.take_back(unit, rejected(self.place.out))
+        return unit is self.units[-1] and self.work.is_rejected(unit, rejected(self.place.out))
 
     def _unit(self, unit: Unit, source: Path, taken_over: bool) -> Path:
         target = self.work.folder / unit.name
@@ -205,6 +213,8 @@ class _Run:
                 shutil.rmtree(source, ignore_errors=True)
         else:
             self.progress.note(f"{unit.name}: taken over from an earlier run")
+            if unit is self.units[-1] and not target.is_dir():
+                target = rejected(self.place.out)  # measured where it lies: whatever happens, it is not lost
             record["measured"] = [{**measured, "taken_over": True} for measured in record["measured"]]
         self.steps += record["receipt"]
         self.measured["steps"] += record["measured"]
@@ -241,6 +251,7 @@ class _Run:
             ledger=ledger,
             pack=unit.steps[1][1] if len(unit.steps) > 1 else None,
         )
+        self.work.begin(unit, ledger, written)
         outcome = resume.outcome_of(written) if target.is_dir() else None
         if outcome is None:
             outcome = self._work(job, written)
@@ -264,7 +275,7 @@ class _Run:
 
     def _work(self, job: Job, written: Ledger) -> Outcome:
         """Do the step, and keep what the self-check needs of it."""
-        shutil.rmtree(job.target, ignore_errors=True)  # of another key, or not known to be right
+        shutil.rmtree(job.target, ignore_errors=True)  # whole, but what the self-check needs of it is not there
         work = STEPS[job.plan.kind].load()
         before, start = resident_memory(), time.time()
         device = device_of(self.machine)
@@ -303,8 +314,6 @@ class _Run:
         return self.work.evaluation(resume.evaluation_key(self.plan, self.machine, unit.key))
 
     def _receipt(self, folder: Path, failed: list[str]) -> dict[str, Any]:
-        for name in receipts.DESCRIBED:  # of a run that was killed just before its end
-            (folder / name).unlink(missing_ok=True)
         return receipts.assemble(
             plan=self.plan,
             threads=self.machine.threads,

@@ -64,6 +64,18 @@ class Ledger:
         except (SafetensorError, ValueError, KeyError, OSError):
             return None  # damaged: the step starts over, which is right in any case
 
+    def holds(self) -> bool:
+        """Whether a state saved under this key is there."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self.file.is_file():
+            return False
+        try:
+            with safe_open(self.file, framework="pt") as stored:
+                return (stored.metadata() or {}).get("key") == self.key
+        except (SafetensorError, OSError):
+            return False
+
     def due(self) -> bool:
         """Whether enough work was done since the last save."""
         return time.monotonic() - self._last >= self.every

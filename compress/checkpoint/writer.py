@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import INDEX, TensorSpec
@@ -332,8 +333,19 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
+TORCH_SAVE = "inline_container"  # what torch.save's own errors name; it tells of no errno
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 class disk_errors:
-    """Turns an OSError while writing into one line with exit code 4."""
+    """Turns an OSError while writing into one line with exit code 4; and what libraries that write make of one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -347,4 +359,8 @@ class disk_errors:
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = "the disk is full" if full else (error.strerror or str(error))
+            raise MachineError(f"{self.path}: writing failed: {what}") from None
+        if isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and TORCH_SAVE in str(error)):
+            full = "os error 28" in str(error) or shutil.disk_usage(existing(self.path)).free < 2**20
+            what = "the disk is full" if full else str(error).splitlines()[0]
             raise MachineError(f"{self.path}: writing failed: {what}") from None

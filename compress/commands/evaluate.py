@@ -6,7 +6,6 @@ import json
 import math
 import os
 import secrets
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ import typer
 
 from compress.commands.options import DataFlags, MachineFlags, Model, ScreenFlags, flat
 from compress.errors import MachineError, UserError
+from compress.output import check_takes
 
 EXAMPLE = "autoglm-compress evaluate out/pruned --reference demo:smollm2-135m --samples 8"
 Reference = Annotated[
@@ -60,11 +60,7 @@ def check_writable(path: Path, overwrite: bool) -> None:
             raise UserError(f"{path}: exists already and is a folder", hint="name a file in it")
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists already", hint="name another file, or give --overwrite to replace it")
-        folder = path.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        with tempfile.TemporaryFile(dir=folder):
-            pass  # tried, not asked: permission bits do not tell of a read-only file system
+        check_takes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -75,7 +75,7 @@ def _json_lines(path: Path) -> list[Document]:
         where = f"{path}, line {number}"
         try:
             value: Any = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         documents.append(_entry(value, where, path.parent))
     return documents

@@ -213,7 +213,7 @@ def test_what_a_gate_rejected_is_taken_where_gates_alone_are_changed(
         (lambda rejected: None, ["--set", "data.evaluation.samples=3"]),  # earlier stages were not measured so
         (lambda rejected: (rejected / "extra").touch(), []),
         (lambda rejected: (rejected / "config.json").write_text("{}"), []),
-        (lambda rejected: (rejected / "receipt.json").write_text("{}"), []),
+        (lambda rejected: (rejected / "receipt.json").open("a").write(" "), []),
         (shutil.rmtree, []),
     ],
 )
@@ -232,6 +232,59 @@ def test_what_a_gate_rejected_is_left_where_anything_else_has_changed(
     assert main(["run", str(recipe), "-o", str(here / "out"), *LINES, "-q", "--stop-after", "1", *change]) == 0
     assert names == ["prune"]
     assert contents(here / "out.rejected") == before
+
+
+def test_a_rejected_result_is_not_lost_where_the_run_that_takes_it_fails(
+    recipe: Path, refused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = shutil.copytree(refused, tmp_path / "here")
+    before = contents(here / "out.rejected")
+    from compress.steps.evaluate.run import Evaluator
+
+    monkeypatch.setattr(Evaluator, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    line = ["run", str(recipe), "-o", str(here / "out"), *LINES, "-q", "--set", "gates.max_kl=9", "--set"]
+    assert main([*line, "evaluate=last", "--set", "data.evaluation.samples=3", "--discard"]) == 130
+    assert contents(here / "out.rejected") == before
+
+
+def test_to_stop_at_a_step_that_is_over_is_refused(
+    recipe: Path, refused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = shutil.copytree(refused, tmp_path / "here")
+    before = {path: content for path, content in contents(here).items() if ".lock" not in path}
+    line = ["run", str(recipe), "-o", str(here / "out"), *LINES, "-q", "--set", "gates.max_kl=9"]
+    assert main([*line, "--stop-after", "1"]) == 2
+    assert "--stop-after: 1-prune is over and its folder gone; an earlier run went on to 3-quantize" in (
+        capsys.readouterr().err
+    )
+    assert contents(here) == before
+
+
+ONE = "model: {model}\nsteps:\n  - {step}\nevaluate: never\ndata: {{calibration: {{samples: 4, length: 64}}}}\n"
+
+
+@pytest.mark.parametrize("step", ["prune: {ffn: 0.25}", "quantize: {format: w8a16}"])
+@pytest.mark.parametrize("other", ["seed=1", "steps.0={prune: {ffn: 0.25, damping: 0.02}}"])
+def test_what_another_recipe_left_in_its_place_is_never_taken_for_its_own(
+    step: str, other: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leaves a state, or its whole folder; B writes over it and ends early; A goes on."""
+    file, out = tmp_path / "one.yaml", tmp_path / "out"
+    file.write_text(ONE.format(model=recipe.parent / "model", step=step))
+    line = ["run", str(file), "-o", str(out), "--threads", "1", "-q"]
+    whole = finish(file, tmp_path / "whole")
+    for owner, name, at in ((Ledger, "save", 2), (resume.Work, "finished", 1)):
+        with monkeypatch.context() as patched:
+            interrupt(patched, owner, name, at)
+            assert main([*line, "--checkpoint-every", "0"]) == 130
+        for there, method in ((Writer, "put"), (resume, "save_outcome")):
+            with monkeypatch.context() as patched:
+                interrupt(patched, there, method, 7 if method == "put" else 1)
+                code = main([*line, "--set", other])
+            assert code == 130 or (step.startswith("quantize") and method == "put")
+            shutil.rmtree(out, ignore_errors=True)
+        assert finish(file, out) == whole
+        shutil.rmtree(out)
 
 
 def test_a_changed_source_is_another_input(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

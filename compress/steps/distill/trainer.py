@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from compress.checkpoint.ledger import Ledger
+from compress.checkpoint.writer import disk_errors
 from compress.errors import UserError
 from compress.losses import LossFunction
 from compress.machine import Progress, Task
@@ -105,6 +106,10 @@ class Distiller(Trainer):
         self._rate = scheduler.get_last_lr
         self._student, self._teacher, self._loss = student, teacher, loss
         self._temperature, self._autocast, self._device_type = options.temperature, autocast, torch.device(device).type
+
+    def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
+        with disk_errors(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(*arguments, **keywords)
 
     def compute_loss(
         self,

@@ -54,7 +54,7 @@ def _depth(options: PruneOptions, sizes: Sizes, layer: int, data: DataSpec) -> A
     fewer = options.keep_layers is not None and options.keep_layers < sizes.layers
     if not fewer or options.layer_criterion != "loss":
         return Ahead()
-    windows = min(options.layer_samples, expected_tokens(data, "calibration") // data.length)
+    windows = min(options.layer_samples, max(1, expected_tokens(data, "calibration") // data.length))
     states = 4 * (sizes.layers + 1) * windows * data.length * sizes.hidden
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     logits = 2 * 4 * HEAD_TOKENS * sizes.vocab + 2 * VOCAB_BYTES  # and their softmax
@@ -107,7 +107,7 @@ def _criterion(
     if (beside := family.head_beside(before.text_config)) is not None:
         complain("criterion", f"{options.criterion} needs the gradient of the loss, which knows none of this: {beside}")
     data, sizes = context.data["calibration"], family.sizes(before)
-    windows = min(options.gradient_samples, expected_tokens(data, "calibration") // data.length)
+    windows = min(options.gradient_samples, max(1, expected_tokens(data, "calibration") // data.length))
     tokens = windows * data.length
     tape = 4 * sizes.layers * tokens * sizes.hidden
     inside, outside = (tape, 0) if tape <= TAPE_BYTES else (0, tape)

@@ -108,7 +108,11 @@ def _per_layer(
     may = choices(decoder, curves.curves, free, counts)
     size, limit, told = _budget(options, decoder, key)
     if size(base) <= limit:
-        complain(key, f"{told(limit)} removes nothing: the model stays within it as it is ({told(size(base))})")
+        by_hand = (
+            f"{told(limit)}: what is given by hand alone makes it {told(size(base))}, and nothing is left to choose"
+        )
+        nothing = f"{told(limit)} removes nothing: the model stays within it as it is ({told(size(base))})"
+        complain(key, by_hand if decoder.removed(base) else nothing)
         return None
     each = max(1, decoder.measure(base)[1] // decoder.measure(base)[0]) if key == "bytes" else 1
     keeps = allocate(decoder, base, may, lambda found: -(-(size(found) - limit) // each))

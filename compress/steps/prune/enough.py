@@ -36,6 +36,14 @@ def windows_back(options: PruneOptions, windows: int) -> int:
     return back
 
 
+def check_held_out(options: PruneOptions, windows: int) -> None:
+    """The same, for windows that no plan could count: UserError names the key, before anything is computed."""
+    try:
+        windows_back(options, windows)
+    except UserError as problem:
+        raise UserError(f"held_out: {problem.message}") from None
+
+
 def held_notes(options: PruneOptions, losing: Collection[str], tower: bool, complain: Complain) -> list[str]:
     """Which refits `held_out` says nothing of; a complaint where it says nothing of any. `losing`: groups of the
     decoder that lose units, `tower`: whether neurons of the vision merger go."""

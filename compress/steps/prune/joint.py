@@ -117,6 +117,8 @@ def joint_refit(
     mean of its curvature at the first step. UserError names the module (`what`) if the statistics are singular even
     with damping."""
     start, error_before, error = ffn, 0.0, 0.0
+    if not bool(gram.any()):
+        return Joint(ffn, 0.0, 0.0)  # it gives zeros: there is nothing to refit by
     ridges: Step | None = None
     for _ in range(steps):
         problem = Problem(ffn, act, seen, device)

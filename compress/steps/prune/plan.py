@@ -33,6 +33,9 @@ from compress.steps.types import Complain, PlanContext, StepPlan
 DOCUMENTATION = "calibrated on builtin, documentation of Python alone: text like the task's, or half self, keeps more"
 _NARROW = "stock transformers was not shown to load such a checkpoint of it"
 
+NOTHING = "nothing goes: the model has no more than that as it is"
+NOTHING_BY_HAND = "nothing goes: what would is pinned or protected, or the model has no more than that as it is"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan(StepPlan):
@@ -137,7 +140,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         # hidden states, and the next before the last ones go
         scratch=max(2 * 4 * _tokens(context) * sizes.hidden, first.scratch) + 2 * tower.held,
         notes=(
-            "nothing goes: the model has no more than that as it is" if whole_model else told,
+            told if not whole_model else NOTHING_BY_HAND if by_hand.units else NOTHING,
             *by_hand.notes,
             *chosen,
             *left.notes,

@@ -29,6 +29,7 @@ from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.depth import Depth, find_depth, settled
+from compress.steps.prune.enough import check_held_out
 from compress.steps.prune.gauss_newton import Seen
 from compress.steps.prune.inputs import FFN, look
 from compress.steps.prune.joint import activation_of, gated, joint_refit, written
@@ -59,6 +60,7 @@ def run(job: Job) -> Outcome:
     job.progress.note(tokens.note)
     weights = TokenWeights(cast(PruneOptions, job.plan.options), tokens.kinds)
     ids = torch.from_numpy(tokens.ids)
+    check_held_out(cast(PruneOptions, job.plan.options), len(ids))
     sight, tensors = sight_of(tokens), (job.pack or job.plan).after.tensors.values()
     tower = cut_tower(job, sight)
     with (

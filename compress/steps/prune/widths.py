@@ -279,6 +279,7 @@ def _to_target(
     widths = [*range(multiple, sizes.ffn, multiple), sizes.ffn]
     left = f"{heads(max(decoder.layers, key=whole_heads))} heads"
     left += f" in {len(decoder.layers)} layers" if decoder.gone else ""
+    left += " and what is fixed by hand" if decoder.fixed else ""
 
     @cache
     def measured(width: int) -> tuple[int, int]:

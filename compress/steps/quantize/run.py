@@ -14,6 +14,7 @@ import torch
 from compress.checkpoint.headers import Header
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
+from compress.errors import UserError
 from compress.formats import decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.limits import vocab_rows
@@ -49,6 +50,8 @@ def run(job: Job) -> Outcome:
                 _save(job, writer, packer, index + 1, hidden)
                 task.advance()
             logits = _rest(rest, reader, packer, stream, hidden)
+            if not bool(torch.isfinite(logits).all()):
+                raise UserError(f"{job.source.name}: its logits are NaN or infinite: they overflow")
             task.advance()
         writer.config(after.config, job.source)
         writer.carry(job.source)
