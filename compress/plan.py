@@ -81,6 +81,7 @@ class Plan:
             "kv_cache_bytes": [_kv_cache(step.before), _kv_cache(step.after)],
             "parameters": step.parameters,
             "bytes": step.nbytes,
+            **({} if (loss := getattr(step, "predicted_loss", None)) is None else {"predicted_loss": loss}),
             "notes": list(step.notes),
         }
         return found if self.memory is None else found | {"memory": step.memory, "disk": self.disk_of(index)}

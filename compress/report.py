@@ -139,11 +139,11 @@ class Screen(AbstractContextManager["Screen"]):
         shown = Syntax("", "yaml", theme="ansi_dark", background_color="default").highlight(text)
         self._out.print(shown, end="", soft_wrap=True)
 
-    def said(self, found: Mapping[str, Any], *lines: str | Text) -> None:
-        """What was done or found, as lines."""
+    def said(self, found: Mapping[str, Any], *lines: str | Text, result: bool = False) -> None:
+        """What was done, as lines; or a `result`, which is what was asked for and comes with -q too."""
         if self._json:
             return self._document(found)
-        for line in () if self._quiet else lines:
+        for line in () if self._quiet and not result else lines:
             plain(self._out, line)
 
     def rows(self, found: Any, columns: Sequence[str], rows: Sequence[Sequence[str]], *lines: str) -> None:

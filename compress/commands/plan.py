@@ -68,8 +68,12 @@ def _budget(options: PruneOptions, overrides: list[str] | None, model: str | Non
         raise UserError("--set changes a recipe, and none is given")
     from compress.curves import read_curves
 
-    found = read_curves(Path(options.from_sensitivity).expanduser())
-    return Recipe.single("prune", model or str(found.about["model"].get("name")), options)
+    folder = options.from_sensitivity
+    found = read_curves(Path(folder).expanduser())
+    name = model or str(found.about["model"].get("name"))
+    if model is None and not name.startswith("demo:") and "/" not in name and not Path(name).exists():
+        raise UserError(f"{folder}: measured on '{name}', which is not here", hint="--model says where the model is")
+    return Recipe.single("prune", name, options)
 
 
 def _with_folder(file: str, options: PruneOptions, overrides: list[str]) -> Recipe:

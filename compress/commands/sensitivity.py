@@ -120,7 +120,7 @@ def _measuring(options: SensitivityOptions, *groups: DataFlags | PlaceFlags | Ma
 def _show(screen: Screen, found: Any, folder: Path) -> None:
     from compress.sensitivity.heat import heat_map, summary
 
-    screen.said({"folder": str(folder), **found.about}, *heat_map(found), *summary(found, folder))
+    screen.said({"folder": str(folder), **found.about}, *heat_map(found), *summary(found, folder), result=True)
 
 
 def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pictures: bool) -> None:
@@ -135,9 +135,10 @@ def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pict
         said.append(f"picture: {drawn[0]}")
     screen.rows(
         [vars(row) for row in rows],
-        ("result", "predicted", "measured"),
-        [[row.name, f"{row.predicted:.4f}", f"{row.measured:.4f}"] for row in rows],
-        "rise of the loss over the dense model, nats a token",
+        ("result", "predicted", "measured", "KL"),
+        [[row.name, row.told(), f"{row.measured:.4f}", f"{row.kl:.4f}"] for row in rows],
+        "rise of the loss over the dense model, nats a token; KL: how far its distribution moved, which no luck hides",
+        *["at least: more went than was measured"] * any(row.at_least for row in rows),
         *said,
     )
 

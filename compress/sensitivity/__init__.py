@@ -6,7 +6,7 @@ where they are used. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -64,7 +64,8 @@ class Sensitivity:
         sizes = []
         for name in self.groups:
             kept = [len(self.keep[layer, name]) for layer in self._scored(name)] if not self.measured else None
-            sizes.append(f"{name} {span(self._size(name)[0])}" + (f" -> {span(kept)}" if kept else ""))
+            where = f" in {len(kept)} of them" if kept and len(kept) < self.layer_count else ""
+            sizes.append(f"{name} {span(self._size(name)[0])}" + (f" -> {span(kept)}{where}" if kept else ""))
         parts = [self.criterion, f"{self.layer_count} layers", *sizes]
         return f"Sensitivity({self.step}: {', '.join(parts)})"
 
@@ -161,16 +162,25 @@ class Sensitivity:
 
     def predicted(self, keep: Mapping[str, int | Sequence[int]]) -> float:
         """Predicted rise of the loss, nats a token, when every layer keeps so many units of each group named: a count,
-        or one a layer. Losses of layers and groups are added, as if none saw the others' errors."""
-        curves, total = self._measured().curves, 0.0
+        or one a layer. Losses of layers and groups are added, as if none saw the others' errors. Where more units go
+        than a curve was measured for, its last value counts: see `ends_before`."""
+        curves = self._measured().curves
+        return sum(curves[layer, group].at(gone) for layer, group, gone in self._going(keep))
+
+    def ends_before(self, keep: Mapping[str, int | Sequence[int]]) -> bool:
+        """Whether more units go somewhere than curves were measured for: `predicted` is then the least of it."""
+        curves = self._measured().curves
+        return any(gone > curves[layer, group].removed[-1] for layer, group, gone in self._going(keep))
+
+    def _going(self, keep: Mapping[str, int | Sequence[int]]) -> Iterator[tuple[int, str, int]]:
+        """How many units of each layer and group go."""
         for group, count in keep.items():
             units = self._size(group)[0]
             counts = [count] * self.layer_count if isinstance(count, (int, np.integer)) else list(count)
             if len(counts) != self.layer_count or not all(0 <= n <= of for n, of in zip(counts, units, strict=False)):
                 has = ", ".join(map(str, sorted(set(units))))
                 raise UserError(f"{group}: found {count}, allowed: a count from 0 to {has}, or one for each layer")
-            total += sum(curves[layer, group].at(units[layer] - one) for layer, one in enumerate(counts))
-        return total
+            yield from ((layer, group, units[layer] - one) for layer, one in enumerate(counts))
 
     def curve(self, group: str) -> pd.DataFrame:
         """The cost curve of every layer: layer, gone (units), removed (share of the units), cost.

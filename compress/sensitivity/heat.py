@@ -1,6 +1,7 @@
 """An analysis as a heat map of characters: a row a layer, the heads, the FFN at growing cuts; fits 80 columns.
 
-Dark is costly. The shade alone tells it: colour, where a terminal has it, is added to the same characters.
+A dense character is costly. The shade alone tells it: colour, where a terminal has it, is added to the same characters
+and is bright where they are dense.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from compress.limits import ENOUGH
 from compress.sensitivity import Sensitivity
 from compress.sensitivity.read import Floats
 
-SHADES = " .:-=+*#%@"  # plain ASCII, from nothing to most
+SHADES = ".,:-=+*#%@"  # plain ASCII, from least to most; a blank is a gap between KV groups
 COLORS = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 WIDTH = 80
@@ -118,4 +119,6 @@ def _shade(value: float, scale: tuple[float, float], wide: int = 1) -> Text:
 
 
 def _told(scale: Sequence[float]) -> str:
-    return f"'{SHADES[0]}' at most {scale[0]:.2g}, '{SHADES[-1]}' {scale[1]:.2g}"
+    low, high = scale
+    step = (high / low) ** (1 / len(SHADES))
+    return f"'{SHADES[0]}' below {low * step:.2g}, '{SHADES[-1]}' {high / step:.2g} to {high:.2g}"

@@ -19,11 +19,18 @@ UNSEEN = {"layers": "whole layers", "kv_heads": "KV heads", "vision": "the visio
 
 @dataclass(frozen=True)
 class Outcome:
-    """A pruned result by its folder's name; rises of the loss over the dense model, nats a token."""
+    """A pruned result by its folder's name; rises of the loss over the dense model, nats a token, and the mean KL from
+    it. `at_least`: more units went than curves were measured for."""
 
     name: str
     predicted: float
     measured: float
+    kl: float
+    at_least: bool = False
+
+    def told(self) -> str:
+        """The prediction, with `at least` where it is that."""
+        return f"{'at least ' if self.at_least else ''}{self.predicted:.4f}"
 
 
 def outcome(found: Sensitivity, result: Path) -> Outcome:
@@ -52,4 +59,5 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
             f"{path}: not measured before and after its prune step",
             hint=f"autoglm-compress run {result / 'recipe.yaml'} --set evaluate=each -o OUT measures it",
         )
-    return Outcome(result.name, found.predicted(keep), math.log(after["perplexity"]) - math.log(before["perplexity"]))
+    rise = math.log(after["perplexity"]) - math.log(before["perplexity"])
+    return Outcome(result.name, found.predicted(keep), rise, after["kl"], found.ends_before(keep))

@@ -50,13 +50,13 @@ def heads(found: Sensitivity) -> Figure:
     cells = table.reindex(columns=range(found.layer_count)).to_numpy()  # [heads, layers]; one that went has no numbers
     if not found.measured:
         totals = np.nansum(cells, 0, keepdims=True)
-        cells = np.divide(cells, totals, out=np.zeros_like(cells), where=totals > 0)
+        cells = np.divide(cells, totals, out=np.full_like(cells, np.nan), where=totals > 0)  # others were not scored
     units, layers = cells.shape
     cell = min(0.42, 16 / max(layers, units))  # inches
     figure = Picture(figsize=(max(6.4, cell * layers + 2.2), max(2.6, cell * units + 1.5)), layout="constrained")
     axes = figure.subplots()
     norm = _log_norm(cells) if found.measured else Normalize(0, float(np.nanmax(cells)) or 1)
-    image = axes.imshow(cells, cmap=CMAP, aspect="auto", norm=norm, interpolation="nearest")
+    image = axes.imshow(cells, cmap=CMAP.with_extremes(bad="0.85"), aspect="auto", norm=norm, interpolation="nearest")
     blocks = {found.balance("heads", layer) for layer in range(layers)}
     for edge in range(found.balance("heads"), units, found.balance("heads")) if len(blocks) == 1 else ():
         axes.axhline(edge - 0.5, color="white", linewidth=2.5)  # between KV groups
@@ -75,9 +75,12 @@ def heads(found: Sensitivity) -> Figure:
     stroke = withStroke(linewidth=3, foreground="black")
     size = 72 * cell * 0.42
     axes.plot(gone.layer, gone.unit, "x", color="white", markersize=size, markeredgewidth=1.4, path_effects=[stroke])
+    whole = found.layer_count - frame.layer.nunique()
+    of = f"{len(gone)} of {len(frame)} heads went" + (f" in {frame.layer.nunique()} layers" if whole else "")
+    grey = f"; grey: {whole} that kept all" if whole else ""
     axes.set_title(
         f"{found.criterion} cost of the query heads, normalised in each layer\n"
-        f"crosses: {len(gone)} of {len(frame)} heads went; white lines: between KV groups",
+        f"crosses: {of}{grey}; white lines: between KV groups",
         fontsize=10,
     )
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.01, aspect=12)
@@ -213,7 +216,7 @@ def cut(found: Sensitivity) -> Figure:
     panels = figure.subplots(2, len(groups), squeeze=False, sharex=True)
     for column, group in enumerate(groups):
         part = frame[frame.group == group]
-        _share_panel(panels[0, column], part, group)
+        _share_panel(panels[0, column], part, group, found.layer_count)
         _error_panel(panels[1, column], part, refit=bool(found.about.get("refit", True)))
         _whole_ticks(panels[1, column].xaxis, found.layer_count)
         panels[1, column].set_xlim(-0.7, found.layer_count - 0.3)
@@ -251,13 +254,23 @@ def _name_outliers(axes: Axes, middles: Mapping[int, float], above: bool = False
         axes.annotate(told, (0.5, cost), textcoords="offset points", fontsize=8, **place)
 
 
-def _share_panel(axes: Axes, part: Any, group: str) -> None:
+def _share_panel(axes: Axes, part: Any, group: str, layers: int) -> None:
     axes.bar(part.layer, part.removed_cost, color=COLORS["bar"], label="of the layer's summed cost")
-    axes.step(part.layer, part.removed, where="mid", color="0.2", linewidth=1.2, linestyle="--", label="of the units")
+    axes.step(
+        part.layer,
+        part.removed,
+        where="mid",
+        color="0.2",
+        linewidth=1.2,
+        linestyle="--",
+        label="of the units",
+        marker=".",
+    )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(0, 1.45 * float(np.nanmax([part.removed.max(), part.removed_cost.max()])))
     sizes = f"{span(part.units.tolist())} -> {span(part.kept.tolist())}"
-    axes.set_title(f"{NAMES.get(group, group)}: {sizes} a layer", fontsize=10)
+    where = "a layer" if len(part) == layers else f"in {len(part)} of {layers} layers"
+    axes.set_title(f"{NAMES.get(group, group)}: {sizes} {where}", fontsize=10)
     axes.legend(loc="upper right", fontsize=8, ncols=2, frameon=False)
 
 

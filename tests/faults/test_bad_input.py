@@ -352,8 +352,17 @@ def test_nothing_that_is_not_ours_goes(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "out.rejected" / "precious").touch()
     refused(capsys, work, out, ["out.rejected", "not a result of ours"])
     (tmp_path / "out.rejected").rename(tmp_path / "out.work")
-    refused(capsys, work, out, ["out.work", "not a work folder of ours"])
+    for dry in ([], ["--dry-run"]):
+        refused(capsys, [*work, *dry], out, ["out.work", "not a work folder of ours"])
     (tmp_path / "out.work").rename(tmp_path / "elsewhere")
+    for side in ("out.work", "out.rejected"):
+        (tmp_path / side).symlink_to(tmp_path / "elsewhere")
+        for dry in ([], ["--dry-run"]):
+            refused(capsys, [*work, *dry], out, [side, "a link"])
+        (tmp_path / side).unlink()
+    for dry in ([], ["--dry-run"]):
+        assert main(["quantize", str(model), "-o", str(model / "config.json" / "x"), "--format", "bf16", *dry]) == 2
+        assert "cannot be written" in capsys.readouterr().err
     out.symlink_to(tmp_path / "elsewhere")
     assert main([*work, "--overwrite"]) == 2
     assert "a link" in capsys.readouterr().err
@@ -437,3 +446,27 @@ def test_a_tie_that_stock_does_not_make(tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "out"
     arguments = ["prune", str(model), "-o", str(out), "--ratio", "0.3", "--samples", "4", "--length", "64", "-q"]
     refused(capsys, arguments, out, ["lm_head", "differ"])
+
+
+def test_a_result_that_no_gate_rejected_is_not_replaced_by_one_that_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.llama(tmp_path / "model")
+    good = tmp_path / "out.rejected"
+    assert main(["quantize", str(model), "-o", str(good), "--format", "bf16", "-q"]) == 0
+    before = sorted(good.iterdir())
+    work = ["quantize", str(model), "-o", str(tmp_path / "out"), "--format", "bf16", "-q"]
+    refused(capsys, work, tmp_path / "out", ["out.rejected", "no gate has rejected it"])
+    assert sorted(good.iterdir()) == before
+
+
+def test_a_text_that_is_not_there_hides_no_other_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.llama(tmp_path / "model")
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text(
+        f"model: {model}\nsteps:\n- prune: {{ffn: 0.5}}\n"
+        "data:\n  calibration: {source: nope.txt, samples: null}\n  evaluation: {source: neither.txt}\n"
+    )
+    assert main(["plan", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "2 problems" in said and "data.calibration: nope.txt" in said and "data.evaluation: neither.txt" in said

@@ -157,3 +157,15 @@ def test_an_analysis_of_what_is_no_number_is_one_line(
     assert main(["sensitivity", str(broken), "-o", str(out), "--no-pictures", *TEXT, "-q"]) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
     assert not out.exists()
+
+
+def test_an_ffn_that_gives_zeros_goes_through_the_joint_refit(dead: Path, tmp_path: Path) -> None:
+    assert main(["prune", str(dead), "-o", str(tmp_path / "out"), "--joint-refit", "2", *CUT, *TEXT, "-q"]) == 0
+
+
+def test_logits_that_overflow_are_the_models_when_it_is_quantized(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = scaled(model, tmp_path / "wild", {"model.norm.weight": 1e37, "lm_head.weight": 1e3})
+    assert main(["quantize", str(wild), "-o", str(tmp_path / "out"), "--format", "w8a16", "-q"]) == 2
+    assert "logits are NaN or infinite" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -93,6 +93,16 @@ def test_alike_it_is_the_best_pair(source: Path, folder: Path, curves: Curves) -
     assert any("the one of least predicted loss" in note for note in step.notes)
 
 
+def test_a_larger_size_is_never_planned_to_lose_more(source: Path, folder: Path) -> None:
+    found = []
+    for params in range(limit(source), tiny_parameters(source) - 1, 900):
+        try:
+            found.append(planned(source, folder, params=params).predicted_loss)
+        except UserError as error:
+            assert "is more than 1.5% away" in error.message
+    assert len(found) > 10 and found == sorted(found, reverse=True)
+
+
 def tiny_parameters(source: Path) -> int:
     return planned(source, None, keep_ffn=96).parameters
 

@@ -23,6 +23,7 @@ from compress.errors import UserError
 from compress.sensitivity import Sensitivity, load_sensitivity, measure, removal_order
 from compress.sensitivity.compare import compare, spearman
 from compress.sensitivity.heat import WIDTH, heat_map
+from compress.sensitivity.outcome import Outcome
 from compress.solve import damping_vector, refit
 from tests import tiny
 from tests.faults.test_resume import interrupt
@@ -213,6 +214,7 @@ def test_compare(source: Path, folder: Path, tmp_path: Path, capsys: pytest.Capt
         *FLAGS,
     ]
     assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("layer heads")  # -q leaves out progress and notes, not what was found
     assert main(["sensitivity", "--compare", str(folder), str(folder), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 6 and all((row["spearman"], row["moved"]) == (1, 0) for row in rows)
@@ -238,6 +240,23 @@ def test_layers_that_one_side_left_whole_are_not_compared(source: Path, folder: 
             assert {row["layer"] for row in compare(load_sensitivity(one), load_sensitivity(other), 0.5)} == layers
     both = compare(sides["protected"], sides["shallow"], 0.5)
     assert {row["layer"] for row in both} == {1, 2} - {gone}
+
+
+def test_layers_that_kept_all_their_heads_look_unlike_cheap_ones(source: Path, tmp_path: Path) -> None:
+    cut = {"heads": 0.5, "ffn": 0.25, "protect": ["layers.1.self_attn"]}
+    found = load_sensitivity(compress.prune(source, tmp_path / "out", data=DATA, machine=ONE, **cut).out)
+    assert "heads 8 -> 4 in 2 of them, ffn 96 -> 72)" in repr(found)
+    [axes, _] = found.plot_heads().axes
+    cells = np.ma.getmaskarray(axes.images[0].get_array())
+    assert cells[:, 1].all() and not cells[:, [0, 2]].any()
+    assert "8 of 16 heads went in 2 layers; grey: 1 that kept all" in axes.get_title()
+    assert "query heads: 8 -> 4 in 2 of 3 layers" in [axes.get_title() for axes in found.plot_cut().axes]
+
+
+def test_predictions_beyond_what_was_measured_are_told(found: Sensitivity) -> None:
+    assert not found.ends_before({"ffn": 72, "heads": 4})
+    assert found.ends_before({"ffn": 0}) and found.ends_before({"ffn": [96, 96, 1]})
+    assert Outcome("x", 2.0, 3.0, 0.1, at_least=True).told() == "at least 2.0000"
 
 
 @pytest.mark.parametrize(("cut", "what"), [("keep_layers: 2", "whole layers"), ("keep_kv_heads: 1", "KV heads")])
@@ -279,7 +298,7 @@ def test_the_heat_map_fits_and_tells_without_colour(sizes: tuple[int, int, int],
     assert len([line for line in lines if line[:5].strip().isdigit()]) in (layers, 2 * layers)
     assert max(map(len, lines[:layers])) <= WIDTH or heads > 70
     first = next(line for line in lines if line.startswith("    0 "))
-    assert first[6] == " " and "@" in first  # the losses ascend with the unit: from nothing to most
+    assert first[6] == "." and "@" in first  # the losses ascend with the unit: from least to most
 
 
 REFUSED = {

@@ -97,6 +97,37 @@ def test_a_cut_beyond_the_curves_is_told(keep: int, beyond: bool, source: Path, 
     assert note.endswith(", at least: layer 0 loses more ffn units than were measured") == beyond
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, None),
+        ({"refit": False}, "refit: false"),
+        ({"damping": 0.5}, "damping: 0.5"),
+        ({"joint_refit": 2, "held_out": 0.25}, "held_out: 0.25 and joint_refit: 2"),
+    ],
+)
+def test_what_a_prediction_does_not_know_is_told(
+    options: dict[str, object], said: str | None, source: Path, folder: Path
+) -> None:
+    asked = PruneOptions(keep_ffn=64, from_sensitivity=str(folder), **options)
+    recipe = Recipe.single("prune", str(source), asked, data=DataSpec(source="builtin", samples=8, length=64))
+    (step,) = make_plan(recipe, ONE, check_machine=False).steps
+    (note,) = (note for note in step.notes if note.startswith("predicted rise of the loss"))
+    assert note.endswith(f"; that is with a plain refit at damping 0.01, not with {said}") == (said is not None)
+
+
+def test_a_model_that_is_not_where_it_was_measured_is_asked_for(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--from-sensitivity", str(folder), "--ratio", "0.3"]) == 2
+    said = capsys.readouterr().err
+    assert f"measured on '{source.name}', which is not here\nhint: --model says where the model is" in said
+    assert main(["plan", "--from-sensitivity", str(folder), "--ratio", "0.3", "--model", str(source), "--json"]) == 0
+    step = json.loads(capsys.readouterr().out)["steps"][0]
+    assert f"{step['predicted_loss']:.4f} nats a token" in " ".join(step["notes"])
+
+
 def test_who_is_refused(source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(told: str, model: Path, place: Path, *more: str) -> None:
         arguments = ["prune", str(model), "-o", str(tmp_path / "x"), "--ffn", "0.25", "--from-sensitivity", str(place)]

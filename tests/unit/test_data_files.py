@@ -136,6 +136,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no table": (lambda path: (path / "a.parquet").write_text("text"), "a.parquet", "not a readable .parquet file ("),
     "gone": (lambda path: None, "a.parquet", "no such data file"),
     "a folder named like a file": (lambda path: (path / "a.txt").mkdir(), "a.txt", "in this folder"),
+    "a number too long": (lambda path: (path / "a.jsonl").write_text("1" * 5000), "", "a.jsonl, line 1: not JSON"),
     "broken line": (lambda path: (path / "a.jsonl").write_text('{"text"'), "", "a.jsonl, line 1: not JSON"),
 }
 

@@ -20,7 +20,7 @@ from compress.checkpoint import writer as writing
 from compress.checkpoint.headers import INDEX, SINGLE, TensorSpec, read_header
 from compress.checkpoint.layout import files_bytes
 from compress.checkpoint.reader import Reader, spec_of
-from compress.checkpoint.writer import Writer
+from compress.checkpoint.writer import Writer, disk_errors
 from compress.errors import MachineError, SelfCheckError
 from tests import tiny
 
@@ -327,3 +327,15 @@ def test_a_thread_that_cannot_start_is_told_as_it_is(tmp_path: Path, monkeypatch
     ):
         for name, value in tensors.items():
             writer.put(name, value)
+
+
+@pytest.mark.parametrize("message", ["No space left on device (os error 28)", "something else"])
+def test_what_a_library_makes_of_a_disk_that_refuses_is_one_line_too(message: str, tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    errors = (SafetensorError(message), RuntimeError(f"[enforce fail at inline_container.cc:672] {message}"))
+    for error in errors:
+        with pytest.raises(MachineError, match="full" if "28" in message else message), disk_errors(tmp_path / "x"):
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), disk_errors(tmp_path):
+        raise RuntimeError("shapes do not match")

@@ -68,21 +68,27 @@ def _wrong(
 def _pair(
     options: PruneOptions, decoder: Decoder, curves: Curves, loadable: Callable[[int], bool], complain: Complain
 ) -> Chosen | None:
-    """The heads and the FFN width, alike in all layers that are not fixed, of least predicted loss in the budget."""
-    sizes = decoder.most_heads
+    """The heads and the FFN width, alike in all layers that are not fixed, of least predicted loss in the budget: of
+    all pairs that stay within it, once one of them is near it."""
+    sizes, near = decoder.most_heads, False
     found: list[tuple[float, int, Chosen]] = []
     for heads in range(sizes.heads, 0, -sizes.kv_heads):
         if heads < (1 - MOST) * sizes.heads or not loadable(heads):
             continue
-        chosen = follow(options, decoder, _so_many(heads), lambda key, message, hint=None: None)
+        chosen = follow(options, decoder, _so_many(heads), _silent, within=1.0)
         if chosen is not None and uncovered(chosen[0], decoder, curves.curves) is None:
             found.append((predicted_loss(curves, decoder.layers, chosen[0]), heads, chosen))
-    if not found:
+            near = near or follow(options, decoder, _so_many(heads), _silent) is not None
+    if not near:
         return follow(options, decoder, whole_heads, complain)  # it says why, or takes what the curves do not reach
     loss, heads, (keeps, notes) = min(found, key=lambda pair: pair[0])
     others = [f"{count} heads {cost:.4f}" for cost, count, _ in found if count != heads]
     told = f" ({', '.join(others)})" if others else ""
     return keeps, (f"{heads} heads: of {len(found)} counts the one of least predicted loss, {loss:.4f}{told}", *notes)
+
+
+def _silent(key: str, message: str, hint: str | None = None) -> None:
+    """What makes one pair impossible is no complaint: there are others."""
 
 
 def _so_many(heads: int) -> Callable[[Layer], int]:
@@ -125,7 +131,7 @@ def _per_layer(
         )
         return None
     return keeps, (
-        f"widths by layer, of least predicted loss for {key} {told(limit)}: {told(size(keeps))}",
+        f"widths by layer, of least predicted loss within {key} {told(limit)}: {told(size(keeps))} reached",
         _widths(keeps),
     )
 

@@ -66,7 +66,7 @@ def predicted_loss(found: Curves, layers: Sequence[Layer], keep: Keeps) -> float
     )
 
 
-def measured_notes(found: Curves, decoder: Decoder, keep: Keeps) -> list[str]:
+def measured_notes(found: Curves, decoder: Decoder, keep: Keeps, options: PruneOptions) -> list[str]:
     """By what units are ranked, and what that predicts; the least of it, where a curve ends before the cut does."""
     loss, beyond = predicted_loss(found, decoder.layers, keep), uncovered(keep, decoder, found.curves)
     times = math.exp(min(loss, 700))
@@ -75,9 +75,18 @@ def measured_notes(found: Curves, decoder: Decoder, keep: Keeps) -> list[str]:
     if (few := found.tokens_per_column) < ENOUGH:
         poor = f"; measured on {few:.1f} calibration tokens per column, under {ENOUGH}: it means little"
     told = f"{loss:.4f} nats a token (perplexity {times:.4g} times the dense one){least}{poor}"
+    damping = float(found.about["damping"])
+    other = {
+        "refit": None if options.refit else "false",
+        "damping": None if options.damping == damping or not options.refit else f"{options.damping:g}",
+        "held_out": None if options.held_out is None else f"{options.held_out:g}",
+        "joint_refit": options.joint_refit or None,
+    }
+    given = [f"{key}: {value}" for key, value in other.items() if value is not None]
+    plain = f"; that is with a plain refit at damping {damping:g}, not with {' and '.join(given)}" if given else ""
     return [
         f"units are ranked by {found.criterion}, as {found.folder} has them",
-        f"predicted rise of the loss: {told}",
+        f"predicted rise of the loss: {told}{plain}",
     ]
 
 

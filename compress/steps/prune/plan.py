@@ -151,7 +151,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *_refit_note(options, decoder, keep, context, complain),
             *held_notes(options, losing, tower.ffn < tower.whole.ffn, complain),
             *weight_notes(options, context.data["calibration"], bool(losing or kv), complain),
-            *([] if curves is None else measured_notes(curves, decoder, keep)),
+            *([] if curves is None else measured_notes(curves, decoder, keep, options)),
         ),
         made_with={} if curves is None else {KEY: curves.digest},
         keep=keep,

@@ -139,11 +139,12 @@ def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tupl
 
 
 def follow(
-    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], complain: Complain
+    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], complain: Complain, within: float = WITHIN
 ) -> tuple[Keeps, tuple[str, ...]] | None:
-    """What stays when every layer keeps the heads that the rule `heads` says, and how the FFN width was chosen."""
+    """What stays when every layer keeps the heads that the rule `heads` says, and how the FFN width was chosen; a size
+    given as a target is met by what is at most the share `within` below it."""
     if options.params is not None or options.bytes is not None:
-        return _to_target(options, decoder, heads, complain)
+        return _to_target(options, decoder, heads, complain, within)
     ffn = _ffn(options, decoder, heads, complain)
     if ffn is None:
         return None
@@ -270,7 +271,7 @@ def _rest(ratio: float, decoder: Decoder, heads: Callable[[Layer], int], refuse:
 
 
 def _to_target(
-    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], refuse: Complain
+    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], refuse: Complain, within: float
 ) -> tuple[Keeps, tuple[str, ...]] | None:
     """The widest FFN whose model stays within params or bytes, and a note with its neighbours."""
     sizes, key = decoder.sizes, "bytes" if options.params is None else "params"
@@ -302,11 +303,11 @@ def _to_target(
         refuse(key, f"{limit:,} removes nothing: the model stays within it as it is ({told(width)})")
         return None
     around = [told(near) for near in (*widths[max(at - 1, 0) : at], *widths[at + 1 : at + 2])]
-    if size(width) < (1 - WITHIN) * limit:
+    if size(width) < (1 - within) * limit:
         above = f"; the next is {told(widths[at + 1])}" if at + 1 < len(widths) else ""
         refuse(
             key,
-            f"{limit:,} is more than {WITHIN:.1%} away: the largest that {left} reach below it is {told(width)}{above}",
+            f"{limit:,} is more than {within:.1%} away: the largest that {left} reach below it is {told(width)}{above}",
         )
         return None
     neighbours = f"; its neighbours are {' and '.join(around)}" if around else ""
