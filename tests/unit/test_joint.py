@@ -131,4 +131,6 @@ def test_a_whole_ffn_and_a_silent_one_stay_as_they_are() -> None:
 def test_singular_statistics_name_the_module() -> None:
     ffn, seen = problem()
     with pytest.raises(UserError, match="layer 3 ffn: the activation statistics are singular"):
-        joint_refit(ffn, act, seen, torch.zeros(K, K), 0.01, 2, "cpu", "layer 3 ffn")
+        joint_refit(ffn, act, seen, torch.ones(K, K), 0.0, 2, "cpu", "layer 3 ffn")
+    nothing = joint_refit(ffn, act, seen, torch.zeros(K, K), 0.01, 2, "cpu", "ffn")  # it gives zeros: no fault
+    assert nothing.ffn is ffn and nothing.error == 0
