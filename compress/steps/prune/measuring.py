@@ -8,13 +8,16 @@ from pydantic import Field
 
 from compress.criteria import CRITERIA
 from compress.steps.types import StepOptions, one_of
+from compress.stream import WHOLE
+
+STREAMED = [name for name, criterion in CRITERIA.items() if not criterion.needs & WHOLE]  # others hold a whole model
 
 
 class SensitivityOptions(StepOptions):
     """How units are ranked, and what is predicted of cuts."""
 
     criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
-        "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
+        "wanda", description=f"How units are ranked: {', '.join(STREAMED)}."
     )
     damping: Annotated[float, Field(gt=0, le=10**6)] = Field(
         0.01, description="Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."
