@@ -20,12 +20,12 @@ from safetensors.torch import save
 from compress.arch import Family, Sizes, family_of
 from compress.check import check_source
 from compress.checkpoint.digests import ahead, model_digest, model_files
+from compress.checkpoint.disk import disk_errors, sync
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.ledger import EVERY, Ledger
 from compress.checkpoint.per_layer import one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.source import Source, locate
-from compress.checkpoint.writer import disk_errors, sync
 from compress.criteria import CRITERIA
 from compress.curves import DOCUMENT, FORMAT, TENSORS
 from compress.data import PADDING, DataSpec, check, expected_tokens, windows

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.arch import Family
+from compress.checkpoint.disk import existing
 from compress.checkpoint.headers import Header
 from compress.data import SELF, expected_tokens
 from compress.device import check_room_on
@@ -100,9 +101,7 @@ def check_room(
 
 def check_disk(needed: int, place: Path, what: str) -> None:
     """MachineError where fewer bytes are free than `what` needs at `place`, which need not exist."""
-    folder = place.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(place)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MachineError(f"{what} needs {size(needed)} of disk, {folder} has {size(free)} free")

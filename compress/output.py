@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from compress.checkpoint.disk import existing
 from compress.checkpoint.headers import read_json
 from compress.checkpoint.source import Source
 from compress.errors import UserError
@@ -64,7 +65,10 @@ def check_out(out: Path, overwrite: bool, mark: str = RECEIPT) -> None:
 
 def _was_rejected(folder: Path) -> bool:
     """Whether there is nothing, or a result whose receipt names gates that failed."""
-    return not folder.exists() or bool((read_json(folder / RECEIPT).get("gates") or {}).get("failed"))
+    if not folder.exists():
+        return True
+    gates = read_json(folder / RECEIPT).get("gates")
+    return isinstance(gates, dict) and bool(gates.get("failed"))
 
 
 def _check_work(work: Path) -> None:
@@ -74,10 +78,7 @@ def _check_work(work: Path) -> None:
 
 def check_takes(path: Path) -> None:
     """OSError where `path` cannot be made: by the nearest folder that exists. Leaves nothing behind."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    with tempfile.TemporaryFile(dir=folder):
+    with tempfile.TemporaryFile(dir=existing(path.absolute().parent)):
         pass  # tried, not asked: permission bits do not tell of a read-only file system
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.digests import ahead, digest
+from compress.checkpoint.disk import disk_errors, sync
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.ledger import Ledger
-from compress.checkpoint.writer import CARRIED, disk_errors, sync
+from compress.checkpoint.writer import CARRIED
 from compress.data import DataSpec, commits, pictures_of
 from compress.device import described, device_errors, device_of, precision_of
 from compress.errors import GateError, MachineError, UserError, size

@@ -22,10 +22,10 @@ from compress.arch import family_of
 from compress.card import model_card
 from compress.check import check_source, self_check
 from compress.checkpoint.digests import ahead
+from compress.checkpoint.disk import sync
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import SHARD_BYTES
 from compress.checkpoint.ledger import EVERY, Ledger
-from compress.checkpoint.writer import sync
 from compress.device import device_of, peak_of, reset_peak
 from compress.errors import GateError, UserError
 from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory, resident_memory, torch_threads

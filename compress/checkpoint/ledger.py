@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.writer import disk_errors, sync
+from compress.checkpoint.disk import disk_errors, sync
 
 if TYPE_CHECKING:
     import torch
@@ -51,16 +51,13 @@ class Ledger:
         """The state last saved under this key; None where there is none, or it cannot be read."""
         from safetensors import SafetensorError, safe_open
 
-        if not self.file.is_file():
+        if not self.holds():
             return None
         try:
             with safe_open(self.file, framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                if metadata.get("key") != self.key:
-                    return None
                 # cloned, to lie where torch aligns memory: MKL rounds products of what lies elsewhere in another way
                 tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
-                return State(json.loads(metadata["facts"]), tensors)
+                return State(json.loads(stored.metadata()["facts"]), tensors)
         except (SafetensorError, ValueError, KeyError, OSError):
             return None  # damaged: the step starts over, which is right in any case
 

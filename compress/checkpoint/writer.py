@@ -9,7 +9,6 @@ it is kept for a run that goes on from it (ledger.py says from where).
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -21,13 +20,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from compress.checkpoint import per_layer
+from compress.checkpoint.disk import disk_errors, sync
 from compress.checkpoint.headers import INDEX, TensorSpec
 from compress.checkpoint.layout import SHARD_BYTES, Shard, layout
 from compress.checkpoint.reader import Reader, spec_of
-from compress.errors import MachineError, SelfCheckError
+from compress.errors import SelfCheckError
 from compress.limits import BEHIND
 
 FLUSH = 256 * 2**20  # bytes
@@ -310,15 +309,6 @@ class _Behind:
                 self._room.notify_all()
 
 
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _starts_with(path: Path, header: bytes) -> bool:
     if not path.is_file():
         return False
@@ -331,36 +321,3 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
-
-
-TORCH_SAVE = "inline_container"  # what torch.save's own errors name; it tells of no errno
-
-
-def existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-class disk_errors:
-    """Turns an OSError while writing into one line with exit code 4; and what libraries that write make of one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "the disk is full" if full else (error.strerror or str(error))
-            raise MachineError(f"{self.path}: writing failed: {what}") from None
-        if isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and TORCH_SAVE in str(error)):
-            full = "os error 28" in str(error) or shutil.disk_usage(existing(self.path)).free < 2**20
-            what = "the disk is full" if full else str(error).splitlines()[0]
-            raise MachineError(f"{self.path}: writing failed: {what}") from None

@@ -59,5 +59,7 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
             f"{path}: not measured before and after its prune step",
             hint=f"autoglm-compress run {result / 'recipe.yaml'} --set evaluate=each -o OUT measures it",
         )
+    if None in (before["perplexity"], after["perplexity"], after["kl"]):
+        raise UserError(f"{path}: it measured no finite loss; nothing can be compared with the prediction")
     rise = math.log(after["perplexity"]) - math.log(before["perplexity"])
     return Outcome(result.name, found.predicted(keep), rise, after["kl"], found.ends_before(keep))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class StepOptions(BaseModel):
     """Base of a step's options: frozen, unknown keys refused. Field descriptions are the command's help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def one_of(what: str, names: Iterable[str]) -> tuple[AfterValidator, WithJsonSchema]:

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from compress.checkpoint.writer import disk_errors
+from compress.checkpoint.disk import disk_errors
 from compress.errors import MachineError
 from compress.limits import TAPE_BYTES
 

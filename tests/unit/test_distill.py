@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from pydantic import ValidationError
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from compress.arch import family_of
@@ -285,3 +286,10 @@ def test_precision_follows_the_processor(tmp_path: Path) -> None:
     flags.write_text("flags\t\t: fpu avx512_bf16\n")
     assert cpu_precision(flags) == Precision(True, "bfloat16, because the processor has avx512_bf16")
     assert not cpu_precision(tmp_path / "none").native
+
+
+@pytest.mark.parametrize("key", ["epochs", "learning_rate", "weight_decay", "max_grad_norm", "temperature"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_without_an_end_are_refused(key: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=key):
+        DistillOptions(**{key: value})

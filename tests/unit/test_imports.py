@@ -56,7 +56,6 @@ HEAVY = {
     "compress.analysis",
     "compress.check",
     "compress.checkpoint.gguf",
-    "compress.checkpoint.ledger",
     "compress.checkpoint.reader",
     "compress.checkpoint.writer",
     "compress.criteria.magnitude",

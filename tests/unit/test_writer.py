@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compress.checkpoint import writer as writing
+from compress.checkpoint.disk import disk_errors
 from compress.checkpoint.headers import INDEX, SINGLE, TensorSpec, read_header
 from compress.checkpoint.layout import files_bytes
 from compress.checkpoint.reader import Reader, spec_of
-from compress.checkpoint.writer import Writer, disk_errors
+from compress.checkpoint.writer import Writer
 from compress.errors import MachineError, SelfCheckError
 from tests import tiny
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from compress.checkpoint.digests import digest
+from compress.checkpoint.disk import disk_errors, sync
 from compress.checkpoint.ledger import Ledger
-from compress.checkpoint.writer import disk_errors, sync
 
 if TYPE_CHECKING:
     from compress.steps.distill.trainer import Distiller

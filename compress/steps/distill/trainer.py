@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from compress.checkpoint.disk import disk_errors
 from compress.checkpoint.ledger import Ledger
-from compress.checkpoint.writer import disk_errors
 from compress.errors import UserError
 from compress.losses import LossFunction
 from compress.machine import Progress, Task
