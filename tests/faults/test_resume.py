@@ -241,7 +241,15 @@ def test_a_rejected_result_is_not_lost_where_the_run_that_takes_it_fails(
     before = contents(here / "out.rejected")
     from compress.steps.evaluate.run import Evaluator
 
-    monkeypatch.setattr(Evaluator, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = Evaluator.measure
+
+    def measure(self: Any, folder: Path, label: str) -> Any:
+        if label != "dense":
+            assert folder == here / "out.rejected"
+            raise KeyboardInterrupt
+        return real(self, folder, label)
+
+    monkeypatch.setattr(Evaluator, "measure", measure)
     line = ["run", str(recipe), "-o", str(here / "out"), *LINES, "-q", "--set", "gates.max_kl=9", "--set"]
     assert main([*line, "evaluate=last", "--set", "data.evaluation.samples=3", "--discard"]) == 130
     assert contents(here / "out.rejected") == before
