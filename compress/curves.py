@@ -137,6 +137,8 @@ def _groups(path: Path, about: Mapping[str, Any]) -> dict[str, Units]:
         and isinstance(about.get("tensors_sha256"), str)
         and isinstance(model, dict)
         and isinstance(model.get("digest"), str)
+        and isinstance(model.get("name"), str)
+        and _calibrated(about.get("calibration"))
         and isinstance(groups, dict)
         and groups
         and isinstance(layers, list)
@@ -145,13 +147,20 @@ def _groups(path: Path, about: Mapping[str, Any]) -> dict[str, Units]:
         and all(isinstance(layer, dict) and _names(layer.get("groups"), groups) for layer in layers)
     )
     if not fine or not isinstance(groups, dict) or not isinstance(layers, list):
-        raise UserError(f"{path}: not what sensitivity writes (model, criterion, groups, layers)")
+        raise UserError(f"{path}: not what sensitivity writes (model, criterion, calibration, groups, layers)")
     found: dict[str, Units] = {}
     for name, group in groups.items():
         units, balance = (each(group[key], len(layers)) for key in ("units", "balance"))
         assert units is not None and balance is not None
         found[name] = Units(units, balance, group["width"])
     return found
+
+
+def _calibrated(said: Any) -> bool:
+    """Whether it names a source, or several with their shares, and counts tokens."""
+    source = said.get("source") if isinstance(said, dict) else None
+    several = isinstance(source, dict) and all(isinstance(share, (int, float)) for share in source.values())
+    return (isinstance(source, str) or several) and isinstance(said.get("tokens"), int)
 
 
 def each(value: Any, layers: int) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from compress.checkpoint.per_layer import span
+from compress.data.spec import HUB
 
 if TYPE_CHECKING:
     from compress.sensitivity import Sensitivity
@@ -70,6 +71,7 @@ def heads(found: Sensitivity) -> Figure:
         )
         bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, extend="min")
         bar.set_label("nats a token")
+        _measured_on(figure, found)
         return figure
     gone = frame[~frame.kept]
     stroke = withStroke(linewidth=3, foreground="black")
@@ -116,6 +118,7 @@ def losses(found: Sensitivity, group: str) -> Figure:
     )
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
     _depth_bar(figure, axes, norm, found.layer_count)
+    _measured_on(figure, found)
     return figure
 
 
@@ -139,6 +142,7 @@ def layers(found: Sensitivity) -> Figure:
     below.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=2, frameon=False)
     below.set_xlim(-0.7, found.layer_count - 0.3)
     _whole_ticks(below.xaxis, found.layer_count)
+    _measured_on(figure, found)
     return figure
 
 
@@ -226,6 +230,21 @@ def cut(found: Sensitivity) -> Figure:
     return figure
 
 
+def _measured_on(figure: Figure, found: Sensitivity) -> None:
+    """Under the picture of an analysis, small: which model was measured, by what criterion, on what text."""
+    about = found.about
+    source = about["calibration"]["source"]
+    shares = source.items() if isinstance(source, dict) else [(source, None)]
+    texts = [_short(name) + ("" if share is None else f" {share:.0%}") for name, share in shares]
+    told = f"{Path(about['model']['name']).name}, {found.criterion}, {about['calibration']['tokens']:,} tokens of "
+    figure.supxlabel(told + " + ".join(texts), fontsize=7, color="0.45", x=0.995, ha="right")
+
+
+def _short(source: str) -> str:
+    """A source of text without the folders that a file lies in."""
+    return source if source.startswith(HUB) else Path(source).name
+
+
 def _log_norm(cells: Any) -> LogNorm:
     """A log scale over four decades at most, and a few of the least below it: one dead head would take half of it."""
     top = float(np.nanmax(cells))
@@ -251,7 +270,8 @@ def _name_outliers(axes: Axes, middles: Mapping[int, float], above: bool = False
         place = {"xytext": (-2, 6), "ha": "right"} if above else {"xytext": (8, -9)}
         noun = "layer" if len(near) == 1 else "layers"
         told = f"{noun} {', '.join(map(str, sorted(near)))}"
-        axes.annotate(told, (0.5, cost), textcoords="offset points", fontsize=8, **place)
+        apart = [withStroke(linewidth=2.5, foreground="white")]  # from a line that passes behind the name
+        axes.annotate(told, (0.5, cost), textcoords="offset points", fontsize=8, path_effects=apart, **place)
 
 
 def _share_panel(axes: Axes, part: Any, group: str, layers: int) -> None:

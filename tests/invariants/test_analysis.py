@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -173,6 +174,11 @@ def test_the_pictures_show_the_frames(found: Sensitivity) -> None:
     assert all(axes.get_ylabel() for axes in (above, below)) and isinstance(found.plot_layers(), Figure)
     with pytest.raises(UserError, match="cut nothing"):
         found.plot_cut()
+    pictures = (found.plot_heads(), found.plot_curves("ffn"), found.plot_layers())
+    assert {picture.get_supxlabel() for picture in pictures} == {"source, obs, 512 tokens of builtin"}
+    mixed = {"source": {"self": 0.25, "/data/text.txt": 0.75}, "tokens": 65536}
+    about = {**found.about, "calibration": mixed}
+    assert dataclasses.replace(found, about=about).plot_layers().get_supxlabel().endswith("self 25% + text.txt 75%")
 
 
 def test_predicted_beside_measured(

@@ -36,8 +36,9 @@ def write(folder: Path, layers: int = 2, groups: dict[str, tuple[int, int, int]]
     save_file(tensors, folder / TENSORS)
     about = {
         "format": 1,
-        "model": {"digest": "0" * 64},
+        "model": {"digest": "0" * 64, "name": "model"},
         "criterion": "obs",
+        "calibration": {"source": {"self": 0.5, "text.txt": 0.5}, "tokens": 64},
         "groups": {
             name: dict(zip(("units", "balance", "width"), sizes, strict=True)) for name, sizes in groups.items()
         },
@@ -108,6 +109,12 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no JSON": (lambda f: (f / DOCUMENT).write_text("{"), "not readable as JSON"),
     "another format": (said("format", 2), "format 2; this version reads format 1"),
     "no criterion": (said("criterion", 3), "not what sensitivity writes"),
+    "no name of the model": (said("model", {"digest": "0" * 64}), "not what sensitivity writes"),
+    "no count of tokens": (said("calibration", {"source": "self"}), "not what sensitivity writes"),
+    "a share without a number": (
+        said("calibration", {"source": {"self": None}, "tokens": 64}),
+        "not what sensitivity writes",
+    ),
     "no layers": (said("layers", []), "not what sensitivity writes"),
     "a group less in a layer": (said("layers", [{"groups": {"ffn": {}}}]), "not what sensitivity writes"),
     "cut short": (truncate, "damaged"),
