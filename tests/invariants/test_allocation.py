@@ -103,6 +103,22 @@ def test_a_larger_size_is_never_planned_to_lose_more(source: Path, folder: Path)
     assert len(found) > 10 and found == sorted(found, reverse=True)
 
 
+def test_what_heads_and_neurons_reach_together_is_reached_or_told(source: Path, folder: Path) -> None:
+    def most(heads: int) -> float:
+        return 1 - left([{"ffn": 8, "heads": heads}] * 3) / MATRICES
+
+    between = (most(8) + most(2)) / 2  # more than neurons alone make, more than the curves reach
+    step = planned(source, folder, ratio=between)
+    assert step.keep[0]["heads"] in (4, 6) and step.removed == pytest.approx(between, abs=0.02)
+    told = f"8 of 96 FFN neurons and 2 of 8 heads, the fewest, make it {most(2):.4f}"
+    with pytest.raises(UserError, match=f"0.99 cannot be reached: {told}"):
+        planned(source, folder, ratio=0.99)
+    with pytest.raises(UserError, match="1,000 cannot be reached: the smallest that 2 heads leave is FFN 8"):
+        planned(source, folder, params=1000)
+    with pytest.raises(UserError, match=r"0\.001 removes nothing"):
+        planned(source, folder, ratio=0.001)
+
+
 def tiny_parameters(source: Path) -> int:
     return planned(source, None, keep_ffn=96).parameters
 

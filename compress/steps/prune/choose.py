@@ -13,7 +13,17 @@ from compress.curves import Curves
 from compress.steps.prune.allocate import MOST, allocate, choices, smallest, uncovered
 from compress.steps.prune.measured import predicted_loss
 from compress.steps.prune.options import PER_LAYER, PruneOptions
-from compress.steps.prune.widths import Decoder, Keeps, Layer, follow, heads_rule, resolve, whole_ffn, whole_heads
+from compress.steps.prune.widths import (
+    Decoder,
+    Keeps,
+    Layer,
+    follow,
+    heads_rule,
+    resolve,
+    whole_ffn,
+    whole_heads,
+    width_multiple,
+)
 from compress.steps.types import Complain
 
 BUDGETS = ("ratio", "params", "bytes")
@@ -71,20 +81,32 @@ def _pair(
     """The heads and the FFN width, alike in all layers that are not fixed, of least predicted loss in the budget: of
     all pairs that stay within it, once one of them is near it."""
     sizes, near = decoder.most_heads, False
+    counts = [n for n in range(sizes.heads, 0, -sizes.kv_heads) if n >= (1 - MOST) * sizes.heads and loadable(n)]
     found: list[tuple[float, int, Chosen]] = []
-    for heads in range(sizes.heads, 0, -sizes.kv_heads):
-        if heads < (1 - MOST) * sizes.heads or not loadable(heads):
-            continue
+    for heads in counts:
         chosen = follow(options, decoder, _so_many(heads), _silent, within=1.0)
         if chosen is not None and uncovered(chosen[0], decoder, curves.curves) is None:
             found.append((predicted_loss(curves, decoder.layers, chosen[0]), heads, chosen))
             near = near or follow(options, decoder, _so_many(heads), _silent) is not None
     if not near:
-        return follow(options, decoder, whole_heads, complain)  # it says why, or takes what the curves do not reach
+        return _beyond(options, decoder, counts, complain)
     loss, heads, (keeps, notes) = min(found, key=lambda pair: pair[0])
     others = [f"{count} heads {cost:.4f}" for cost, count, _ in found if count != heads]
     told = f" ({', '.join(others)})" if others else ""
     return keeps, (f"{heads} heads: of {len(found)} counts the one of least predicted loss, {loss:.4f}{told}", *notes)
+
+
+def _beyond(options: PruneOptions, decoder: Decoder, counts: list[int], complain: Complain) -> Chosen | None:
+    """The pair of most heads that meets a budget which the curves do not reach; None after a complaint, where none
+    does: a budget that is out of reach is told beside the one that the fewest heads make."""
+    for heads in counts:
+        if follow(options, decoder, _so_many(heads), _silent) is not None:
+            return follow(options, decoder, _so_many(heads), complain)
+    key = next(key for key in BUDGETS if getattr(options, key) is not None)
+    size, limit, _ = _budget(options, decoder, key)
+    narrowest = decoder.keeps(whole_heads, lambda layer: width_multiple(decoder.sizes.hidden))
+    rule = _so_many(counts[-1]) if size(narrowest) > limit else whole_heads
+    return follow(options, decoder, rule, complain)
 
 
 def _silent(key: str, message: str, hint: str | None = None) -> None:

@@ -247,7 +247,10 @@ def _ffn(
     if width <= 0:
         gone = decoder.removed(decoder.keeps(heads, lambda layer: multiple)) / decoder.matrix_parameters
         most = 1 - multiple / sizes.ffn if key == "ffn" else gone
-        refuse(key, f"{given} cannot be reached: {multiple} of {sizes.ffn} FFN neurons, the fewest, make it {most:.4f}")
+        kept, of = (max(rule(layer) for layer in decoder.layers) for rule in (heads, whole_heads))
+        with_them = f" and {kept} of {of} heads" if key == "ratio" and kept < of else ""
+        fewest = f"{multiple} of {sizes.ffn} FFN neurons{with_them}, the fewest, make it {most:.4f}"
+        refuse(key, f"{given} cannot be reached: {fewest}")
         return None
     return lambda layer: max(multiple, round((1 - share) * layer.sizes.ffn / multiple) * multiple)
 
