@@ -184,14 +184,18 @@ def test_empty_and_short_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str
         refused(capsys, arguments, out, [name, says])
 
 
-def test_all_of_a_text_may_be_too_few_tokens(tmp_path: Path) -> None:
-    """How many there are is known when the step reads it: as a plan says it of windows that are counted."""
+def test_all_of_a_text_may_be_too_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many there are is known when the step reads it: as a plan says it of windows that are counted, before the
+    layers that stay are chosen."""
     model, text = tiny.llama(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("ninety bytes " * 7)
     data, one = {"source": str(text), "samples": None, "length": 32}, compress.Machine(1)
     line = "64 calibration tokens for a Gram matrix of 96 columns: 0.67 a column"
     with pytest.raises(UserError, match=line):
         compress.prune(model, tmp_path / "out", ffn=0.4, data=data, machine=one)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=line):
+        patched.setattr("compress.steps.prune.run.find_depth", lambda *_: pytest.fail("layers were chosen first"))
+        compress.prune(model, tmp_path / "out", ffn=0.4, keep_layers=2, layer_criterion="loss", data=data, machine=one)
     with pytest.raises(UserError, match=line):
         compress.measure_sensitivity(model, tmp_path / "seen", data=data, machine=one, pictures=False)
     compress.prune(model, tmp_path / "out", ffn=0.4, data=data, machine=one, force=True)

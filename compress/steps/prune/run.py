@@ -30,6 +30,7 @@ from compress.solve import HeldOut, best_damping, cut_error, damping_vector, ref
 from compress.steps.prune import gradients, scores
 from compress.steps.prune.depth import Depth, find_depth, settled
 from compress.steps.prune.enough import check_held_out
+from compress.steps.prune.gathered import gathered, groups_cut, needs
 from compress.steps.prune.gauss_newton import Seen
 from compress.steps.prune.inputs import FFN, look
 from compress.steps.prune.joint import activation_of, gated, joint_refit, written
@@ -42,7 +43,6 @@ from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.prune.vision import CutTower, cut_tower
 from compress.steps.prune.weights import TokenWeights, check_tokens
 from compress.steps.types import Job, Outcome
-from compress.stream import GRADIENTS, WHOLE, Statistic
 from compress.stream.backward import Found
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, check_numbers, compute_dtype
@@ -53,14 +53,19 @@ PROBE = (2, 64)  # windows x tokens whose logits the self-check compares
 
 def run(job: Job) -> Outcome:
     """Prune `job.source` into `job.target`, in the format of `job.pack` if a quantize step is done with it."""
-    asked = cast(PruneOptions, job.plan.options).token_shares is not None
-    tokens = windows(
-        job.data["calibration"], "calibration", job.source, job.seed, kinds=asked, images=True, progress=job.progress
-    )
+    plan, data = cast(PrunePlan, job.plan), job.data["calibration"]
+    options = cast(PruneOptions, plan.options)
+    asked = options.token_shares is not None
+    tokens = windows(data, "calibration", job.source, job.seed, kinds=asked, images=True, progress=job.progress)
     job.progress.note(tokens.note)
-    weights = TokenWeights(cast(PruneOptions, job.plan.options), tokens.kinds)
+    weights = TokenWeights(options, tokens.kinds)
     ids = torch.from_numpy(tokens.ids)
-    check_held_out(cast(PruneOptions, job.plan.options), len(ids))
+    check_held_out(options, len(ids))
+    groups = groups_cut(plan, job.family)
+    if "gram" in gathered(plan, groups):
+        said = check_tokens(tokens, data.samples is not None, groups, options.force)
+        if said is not None:
+            job.progress.note(said)
     sight, tensors = sight_of(tokens), (job.pack or job.plan).after.tensors.values()
     tower = cut_tower(job, sight)
     with (
@@ -71,12 +76,8 @@ def run(job: Job) -> Outcome:
         depth = find_depth(job, streamed, ids, sight, tower.kept())
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
-        options = cast(PruneOptions, plan.options)
         pruner = _Pruner(job, plan, options, depth, weights, sight, tower, reader, streamed, writer)
         job.progress.note(f"layers run in {pruner.why}")
-        counted = job.data["calibration"].samples is not None
-        if "gram" in pruner.wanted and (said := check_tokens(tokens, counted, pruner.groups, options.force)):
-            job.progress.note(said)
         probe_ids = ids[: PROBE[0], : PROBE[1]]
         logits = pruner.run(ids, probe_ids)
         writer.config((job.pack or plan).after.config, job.source)
@@ -145,14 +146,10 @@ class _Pruner:
         text = plan.after.text_config
         self.orders = [row_orders(sizes, text, family.rope, made.rope) for sizes in made.layers(plan.after)]
         layers = layers_of(plan.before, family)
-        self.groups = [
-            [group for group in layer.groups.values() if keep[group.name] < group.units]
-            for layer, keep in zip(layers, plan.keep, strict=False)  # where layers go, all are alike
-        ]
+        self.groups = groups_cut(plan, family)
         self.names = tuple(layers[0].shapes)
-        refits: frozenset[Statistic] = frozenset({"gram"} if options.refit else ())
-        self.needs = self.criterion.needs if plan.measured is None else frozenset()
-        self.wanted = (self.needs - GRADIENTS - WHOLE) | refits if any(self.groups) else frozenset()
+        self.needs = needs(plan)
+        self.wanted = gathered(plan, self.groups)
         self.gradients: Found = []  # of the layers to come
         self.positions: torch.Tensor | None = None  # of all tokens, where images stand between them
         self.chosen: list[dict[str, Chosen]] = []
