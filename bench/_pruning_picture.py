@@ -28,7 +28,7 @@ LINES = (
     ("wikitext", "wanda-per-layer", "WikiText-2, widths by layer", "#b3402a", "--"),
     ("self", "wanda", "self, default", "#c8a400", "-"),
     ("self+wikitext", "wanda", "half self, default", "#1f5a94", "-"),
-    ("self+wikitext", "wanda-joint-per-layer", "half self, widths by layer, joint refit", "#1f5a94", "--"),
+    ("self+wikitext", "obs-joint-per-layer", "half self, obs, widths by layer, joint refit", "#1f5a94", "--"),
 )
 SHARE, SEED = 0.20, {"length": 512, "windows": 64}
 
