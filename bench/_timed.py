@@ -27,8 +27,8 @@ class Steps:
         self.seconds: list[float] = []
         self._last = time.perf_counter()
 
-    def advance(self, by: int = 1) -> None:
-        if by:  # 0: nothing of an interrupted run was taken over
+    def advance(self, by: int = 1, earlier: bool = False) -> None:
+        if not earlier:
             now = time.perf_counter()
             self.seconds.append(round(now - self._last, 4))
             self._last = now

@@ -80,13 +80,13 @@ def _cuts(header: Header, family: Family, sizes: Sizes) -> Iterator[dict[str, An
         heads = {n: sizes.group_size * n if merge == DROP else sizes.heads for n in counts}
         fewer = {n: replace(sizes, heads=heads[n], kv_heads=n) for n in counts}
         yield from _by_label("keep_kv_heads", header, family, fewer, {"kv_merge": DROP} if merge == DROP else {})
-    yield _row("keep_ffn", family)
+    yield _row("keep_ffn", header, family)
     if counts := [n for n in range(1, sizes.layers) if left(n, "keep_layers")]:
-        yield _row("keep_layers", family, counts)
+        yield _row("keep_layers", header, family, counts)
     if (tower := family.tower) is not None and tower.unlike(header) is None:
         if (depth := tower.sizes(header.config).depth) > 1:
-            yield _row("keep_vision_layers", family, list(range(1, depth)))
-        yield _row("keep_vision_ffn", family)
+            yield _row("keep_vision_layers", header, family, list(range(1, depth)))
+        yield _row("keep_vision_ffn", header, family)
 
 
 def _by_label(
@@ -106,7 +106,7 @@ def _by_label(
             if count not in counts:  # a label that every flavour gives
                 counts.append(count)
     for (_, flavour), (label, counts) in found.items():
-        yield _row(option, label, counts, {**besides, **({"flavour": flavour} if flavour else {})})
+        yield _row(option, header, label, counts, {**besides, **({"flavour": flavour} if flavour else {})})
 
 
 def _unheard(key: str, message: str, hint: str | None = None) -> None:
@@ -115,13 +115,14 @@ def _unheard(key: str, message: str, hint: str | None = None) -> None:
 
 
 def _row(
-    option: str, family: Family, keep: list[int] | None = None, besides: Mapping[str, str] | None = None
+    option: str, header: Header, family: Family, keep: list[int] | None = None, besides: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
+    """`family`: of what is left of `header`. Layers that differ still do: one option alone rarely makes them alike."""
     return {
         "option": option,
         "keep": keep,
         "besides": dict(besides or {}),
         "model_type": family.model_type,
         "architecture": family.architecture,
-        "loaded_by": list(family.loaders),
+        "loaded_by": list(family.loaders_of(header.config)),
     }

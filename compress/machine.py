@@ -62,7 +62,9 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 class Task(Protocol):
-    def advance(self, by: int = 1) -> None: ...
+    """`earlier`: what another run did before, and says nothing about the pace of this one."""
+
+    def advance(self, by: int = 1, earlier: bool = False) -> None: ...
 
 
 class Progress(Protocol):
@@ -74,8 +76,8 @@ class Progress(Protocol):
 
 
 class _SilentTask:
-    def advance(self, by: int = 1) -> None:
-        del by
+    def advance(self, by: int = 1, earlier: bool = False) -> None:
+        del by, earlier
 
 
 class Silent:

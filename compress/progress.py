@@ -37,14 +37,15 @@ class LogTask:
 
     def __init__(self, label: str, total: int, say: Callable[[str], None], clock: Callable[[], float]) -> None:
         self._label, self._total, self._say, self._clock = label, total, say, clock
-        self._done, self._start = 0, clock()
+        self._done, self._earlier, self._start = 0, 0, clock()
         self._last = self._start
 
-    def advance(self, by: int = 1) -> None:
+    def advance(self, by: int = 1, earlier: bool = False) -> None:
         self._done += by
-        now = self._clock()
-        if now - self._last >= EVERY and 0 < self._done < self._total:
-            left = (now - self._start) * (self._total - self._done) / self._done
+        self._earlier += by if earlier else 0
+        now, here = self._clock(), self._done - self._earlier
+        if now - self._last >= EVERY and here > 0 and self._done < self._total:
+            left = (now - self._start) * (self._total - self._done) / here
             spent = duration(now - self._start)
             self._say(f"{self._label}: {self._done}/{self._total}, {spent}, about {duration(left)} left")
             self._last = now
@@ -75,8 +76,11 @@ class _Bar:
     def __init__(self, bars: Bars, task: TaskID) -> None:
         self._bars, self._task = bars, task
 
-    def advance(self, by: int = 1) -> None:
-        self._bars.advance(self._task, by)
+    def advance(self, by: int = 1, earlier: bool = False) -> None:
+        if earlier:
+            self._bars.reset(self._task, completed=by)  # the pace is that of what follows
+        else:
+            self._bars.advance(self._task, by)
 
 
 class BarProgress:

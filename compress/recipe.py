@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAn
 from compress.complaints import explain, in_one_line
 from compress.data import DataSpec
 from compress.errors import UserError, did_you_mean, nearest
+from compress.numbers import COUNTS, SIZES, number_or
 from compress.recipe_yaml import CONTROL, Entry, Problems, dump_yaml, override, parse, read_text, show
 from compress.steps import STEPS
 from compress.steps.types import StepOptions
@@ -51,8 +52,12 @@ class Gates(_Part):
     max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(None, description="Ratio to the source.")
     max_kl: Annotated[float, Field(gt=0)] | None = Field(None, description="Mean KL from the source, nats a token.")
     min_top1_agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Share of equal top-1.")
-    max_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="Bytes of the result's weight files.")
-    max_parameters: Annotated[int, Field(gt=0)] | None = Field(None, description="Parameters of the result.")
+    max_bytes: Annotated[int | None, *number_or(SIZES, "17.9GB or 11GiB")] = Field(
+        None, description="Bytes of the result's weight files, as in 17.9GB; the plan is checked already."
+    )
+    max_parameters: Annotated[int | None, *number_or(COUNTS, "9B or 900M")] = Field(
+        None, description="Parameters of the result, as in 9B; the plan is checked already."
+    )
 
     @model_validator(mode="after")
     def _one_at_least(self) -> Self:

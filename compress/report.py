@@ -80,7 +80,8 @@ class Screen(AbstractContextManager["Screen"]):
             plain(self._out, f"  {note}")
         plain(self._out, f"KV cache: {' -> '.join(f'{each:,}' for each in made.kv_cache)} bytes a token")
         if made.memory is not None and made.disk is not None:
-            plain(self._out, f"needs about {size(made.memory)} of memory and {size(made.disk)} of disk")
+            beside = "memory beside Python and its libraries (about 400 MiB)"
+            plain(self._out, f"needs about {size(made.memory)} of {beside} and {size(made.disk)} of disk")
 
     def result(self, result: Result, failed: CompressError | None = None) -> None:
         """A row a stage, where the result is, and how to load it. `failed`: what is raised next."""

@@ -152,7 +152,10 @@ class Work:
 
     def holds_something(self) -> bool:
         """Whether a later run could take anything over: a measurement, a step, or the state of one."""
-        return any(path.suffix in (".json", ".state", ".training", ".written") for path in self.folder.iterdir())
+        return any(
+            path.suffix in (".json", ".state", ".written") or (path.suffix == ".training" and any(path.iterdir()))
+            for path in self.folder.iterdir()
+        )
 
     def finished_steps(self) -> bool:
         """Whether a whole step is there."""

@@ -211,7 +211,9 @@ class PruneKeywords(StepKeywords, total=False):
     as layers / 2 forward passes over them.
     """
     params: float | str | None
-    """Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or keep_heads leave."""
+    """Parameters of the whole model to stay within, by 1.5 % at most, as in 9B or 900M: the FFN takes what heads or
+    keep_heads leave.
+    """
     bytes: float | str | None
     """Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."""
     allocation: str

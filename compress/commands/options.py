@@ -56,6 +56,7 @@ Target = Annotated[
 
 _SOURCES = f"{KINDS}. Repeat it, with shares as in a.txt=0.5, to mix."
 _SEED = "Seed of all that is drawn; evaluation draws nothing."
+_MEMORY = "As in 8GiB; to stay within, beside Python and its libraries (about 400 MiB). \\[default: free]"
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -99,7 +100,7 @@ class MachineFlags:
     ] = None
     memory: Annotated[
         str | None,
-        typer.Option("--memory", metavar="SIZE", help="As in 8GiB; to stay within. \\[default: free]", **_MACHINE),
+        typer.Option("--memory", metavar="SIZE", help=_MEMORY, **_MACHINE),
     ] = None
     device: Annotated[
         str,
@@ -284,7 +285,7 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             values = {field: given.pop(field) for field in fields}
             if issubclass(group, BaseModel):
                 told = [field for field in fields if context.get_parameter_source(field).name != "DEFAULT"]
-                given[name] = from_flags(group, {field: values[field] for field in told})
+                given[name] = from_flags(group, {field: _joined(values[field]) for field in told})
             else:
                 given[name] = group(**values)
         function(**given)
@@ -316,12 +317,19 @@ def _from_pydantic(name: str, field: FieldInfo, panel: str) -> inspect.Parameter
         metavar = "N" if int in kinds else "X"
     shown = default is not None
     text = escape(field.description or "")  # a description is no markup
+    if any(typing.get_origin(each) in (list, tuple, dict) for each in kinds):
+        kind, text = list[str], f"{text} May be repeated."
     option = typer.Option(names, metavar=metavar, help=text, rich_help_panel=panel, show_default=shown)
     if field.is_required():
         return _parameter(name, Annotated[kind, option], inspect.Parameter.empty)
     return _parameter(
         name, Annotated[kind | None, option], default if default is None or kind is bool else str(default)
     )
+
+
+def _joined(value: Any) -> Any:
+    """One text of what a repeated flag was given."""
+    return ",".join(value) if isinstance(value, (list, tuple)) else value
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

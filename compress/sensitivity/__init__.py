@@ -66,7 +66,8 @@ class Sensitivity:
             kept = [len(self.keep[layer, name]) for layer in self._scored(name)] if not self.measured else None
             where = f" in {len(kept)} of them" if kept and len(kept) < self.layer_count else ""
             sizes.append(f"{name} {span(self._size(name)[0])}" + (f" -> {span(kept)}{where}" if kept else ""))
-        parts = [self.criterion, f"{self.layer_count} layers", *sizes]
+        named = [self.about["model"]["name"]] if self.measured else []
+        parts = [*named, self.criterion, f"{self.layer_count} layers", *sizes]
         return f"Sensitivity({self.step}: {', '.join(parts)})"
 
     @property

@@ -113,7 +113,7 @@ def measure(
         progress.note(f"going on after {after}, where an earlier run ended")
     fed = Fed(done.hidden, sight.weights, token_positions(stream, ids, sight.images))
     with progress.task("measuring layers", stream.layers) as task:
-        task.advance(len(done.layers))
+        task.advance(len(done.layers), earlier=True)
         for index in range(len(done.layers), stream.layers):
             measurer = _Layer(reader, stream, groups[index], index, settings)
             found = measurer.measure(fed, done.slopes[index], needs - GRADIENTS)

@@ -340,3 +340,23 @@ def test_a_dry_run_is_the_plan_and_writes_nothing(main: Main, tmp_path: Path) ->
     code, _, said = main("prune", str(model), "-o", str(model), "--ffn", "0.5", "--dry-run")
     assert code == 2 and "is not a result of ours" in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_flags_that_take_several_may_be_repeated(main: Main, tmp_path: Path) -> None:
+    """A second one that replaced the first would cut what was to be protected."""
+    model = tiny.llama(tmp_path / "model")
+    given = [
+        "--protect",
+        "layers.0",
+        "--protect",
+        "layers.1.mlp",
+        "--pin",
+        "layers.2.mlp=40",
+        "--pin=layers.1.self_attn=6",
+    ]
+    few = ["--samples", "8", "--length", "64", "--heads", "0.5", "--dry-run", "--json"]
+    code, planned, _ = main("prune", str(model), "-o", str(tmp_path / "out"), *few, *given)
+    (step,) = json.loads(planned)["steps"]
+    assert code == 0 and step["options"]["protect"] == ["layers.0", "layers.1.mlp"]
+    assert step["options"]["pin"] == {"layers.2.mlp": 40, "layers.1.self_attn": 6}
+    assert step["ffn"][1] == [96, 96, 40] and step["heads"][1] == [8, 6, 4]

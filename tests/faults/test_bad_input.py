@@ -271,12 +271,12 @@ def test_a_gate_that_the_planned_size_fails_ends_before_the_work(
     recipe = tmp_path / "strict.yaml"
     recipe.write_text(
         f"model: {model}\nsteps:\n- prune: {{ffn: 0.5}}\nevaluate: never\n"
-        "data:\n  calibration: {samples: 4, length: 64}\ngates: {max_bytes: 1, max_parameters: 10}\n"
+        "data:\n  calibration: {samples: 4, length: 64}\ngates: {max_bytes: 1KB, max_parameters: 0.01K}\n"
     )
     for command in (["plan", str(recipe)], ["run", str(recipe), "-o", str(tmp_path / "out"), "-q"]):
         assert main(command) == 3
         error = capsys.readouterr().err
-        assert "gate max_bytes: the plan gives" in error and "gate max_parameters" in error
+        assert "gate max_bytes: the plan gives" in error and "allowed 1,000" in error and "allowed 10" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "strict.yaml"]
 
 

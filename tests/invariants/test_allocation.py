@@ -16,9 +16,9 @@ from compress.plan import make_plan
 from compress.receipt import load_receipt
 from compress.recipe import Recipe
 from compress.run import run
-from compress.steps.prune.choose import _widths
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
+from compress.steps.prune.widths import by_layer
 from tests import tiny
 
 DATA = DataSpec(source="builtin", samples=8, length=64)
@@ -84,7 +84,7 @@ def test_by_layer_it_is_the_best_that_there_is(ratio: float, source: Path, folde
 
 def test_widths_are_told_layer_by_layer() -> None:
     keeps = tuple({"ffn": width, "heads": 9} for width in (1536, 1536, 640, 1536))
-    assert _widths(keeps) == ["FFN by layer, from the first: 1,536 x 2, 640, 1,536", "heads: 9 in every layer"]
+    assert by_layer(keeps) == ["FFN by layer, from the first: 1,536 x 2, 640, 1,536", "heads: 9 in every layer"]
 
 
 def test_alike_it_is_the_best_pair(source: Path, folder: Path, curves: Curves) -> None:

@@ -131,6 +131,7 @@ def test_the_result_says_so_and_planned_is_written(tmp_path: Path) -> None:
     found = inspect_model(str(out))
     assert found["trust_remote_code"] is True
     assert [group["units_per_layer"] for group in found["groups"]] == [[8, 6, 8], step["keep"]["ffn"]]
+    assert all("trust_remote_code" in " ".join(cut["loaded_by"]) for cut in found["cuts"])
     assert {cut["option"] for cut in found["cuts"]} == {"keep_heads", "keep_ffn"}  # layers that differ are not dropped
 
 

@@ -59,6 +59,9 @@ def test_pinned_widths_are_exact_and_the_ratio_is_the_whole(tmp_path: Path) -> N
     assert [(each.heads, each.ffn) for each in sizes] == [(keep["heads"], keep["ffn"]) for keep in step.keep]
     assert step.after.config["architectures"] == ["PerLayerLlamaForCausalLM"]
     assert any("needs trust_remote_code" in note for note in step.notes)
+    (alike,) = free
+    told = f"FFN by layer, from the first: {alike:,} x 5, 1,001, {alike:,} x 5, 1,536, {alike:,} x 18"
+    assert told in step.notes and "heads by layer, from the first: 9 x 20, 6 x 10" in step.notes
 
 
 def test_a_target_is_met_with_what_is_fixed(tmp_path: Path) -> None:

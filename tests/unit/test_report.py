@@ -63,6 +63,27 @@ def test_a_log_gets_a_line_every_few_seconds_with_the_time_that_is_left() -> Non
     assert len(lines) == 20 / EVERY  # the last of the periodic ones is the line of the end
 
 
+def test_what_an_earlier_run_did_says_nothing_about_the_pace() -> None:
+    progress, text, clock = log()
+    with progress.task("distilling", 160) as task:
+        task.advance(79, earlier=True)
+        for _ in range(7):
+            clock.now += 1
+            task.advance()
+    assert text.getvalue().splitlines()[0] == "distilling: 84/160, 5.0 s, about 1 min 16 s left"
+
+
+def test_a_bar_counts_what_an_earlier_run_did_but_not_its_pace() -> None:
+    progress = BarProgress(Console(file=io.StringIO(), force_terminal=True, width=100))
+    with progress.task("distilling", 160) as task:
+        task.advance(79, earlier=True)
+        (bar,) = progress._bars.tasks
+        assert bar.completed == 79 and bar.speed is None
+        task.advance()
+        task.advance()
+        assert bar.completed == 81 and bar.speed is not None
+
+
 def test_a_short_task_leaves_no_line_unless_asked() -> None:
     for verbose, expected in ((False, ""), (True, "reading: done, 0.5 s\n")):
         progress, text, clock = log(verbose)

@@ -153,7 +153,7 @@ def _train(
         else:
             folder, trainer.losses = earlier
             job.progress.note(f"going on from step {len(trainer.losses)} of {steps}, where an earlier run ended")
-            task.advance(len(trainer.losses))
+            task.advance(len(trainer.losses), earlier=True)
             trainer.train(resume_from_checkpoint=str(folder))
     student.model.zero_grad(set_to_none=True)
     student.model.eval()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import groupby
 
 from compress.curves import Curves
 from compress.steps.prune.allocate import MOST, allocate, choices, smallest, uncovered
@@ -153,10 +152,7 @@ def _per_layer(
             f"measured; the {'largest' if key == 'ratio' else 'smallest'} is {least}",
         )
         return None
-    return keeps, (
-        f"widths by layer, of least predicted loss within {key} {told(limit)}: {told(size(keeps))} reached",
-        *_widths(keeps),
-    )
+    return keeps, (f"widths by layer, of least predicted loss within {key} {told(limit)}: {told(size(keeps))} reached",)
 
 
 def _budget(
@@ -175,14 +171,3 @@ def _budget(
 
 
 _NOUN = {"params": "parameters", "bytes": "bytes"}
-
-
-def _widths(keeps: Keeps) -> list[str]:
-    """`heads: 9 in every layer`; `FFN by layer, from the first: 1,536 x 2, 640, 720 x 3`."""
-    told = []
-    for name, noun in (("ffn", "FFN"), ("heads", "heads")):
-        runs = [(width, len(list(same))) for width, same in groupby(keep[name] for keep in keeps)]
-        each = ", ".join(f"{width:,}" + (f" x {count}" if count > 1 else "") for width, count in runs)
-        alike = f"{noun}: {runs[0][0]:,} in every layer"
-        told.append(alike if len(runs) == 1 else f"{noun} by layer, from the first: {each}")
-    return told

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -15,43 +13,12 @@ from compress.criteria import CRITERIA
 from compress.data import PADDING, TOKEN_KINDS
 from compress.errors import did_you_mean
 from compress.limits import DAMPINGS
+from compress.numbers import COUNTS, SIZES, number_or
 from compress.steps.types import StepOptions, one_of
 
 ALLOCATIONS = (UNIFORM, PER_LAYER) = ("uniform", "per-layer")
-NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE]\+?[0-9]{1,2})?"
-COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SHARED = tuple(name for name in TOKEN_KINDS if name != TOKEN_KINDS[PADDING])  # kinds of tokens that can have a share
 TOKEN_WEIGHTS = ("none", "norm")
-SIZES = {"": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "I")}
-
-
-def _target(units: dict[str, int], spelled: str, example: str) -> tuple[BeforeValidator, WithJsonSchema]:
-    """Annotations of an option that takes a whole number above 0, or text such as `example` (`spelled`: its unit, as a
-    pattern). Text is read exactly, not through a float."""
-    pattern = rf"^\s*{NUMBER}\s*({spelled})\s*$"
-
-    def read(found: Any) -> Any:
-        if found is None:
-            return None
-        value = None
-        if isinstance(found, str):
-            if parts := re.fullmatch(pattern, found):
-                value = int(Fraction(parts[1] + (parts[2] or "")) * units[parts[3].upper()])
-        elif isinstance(found, int) and not isinstance(found, bool):
-            value = found
-        elif isinstance(found, float) and math.isfinite(found):
-            value = int(found)
-        if value is None or value <= 0:
-            raise ValueError(f"found {found!r}, allowed: a whole number above 0, or text such as {example}")
-        return value
-
-    kinds: list[dict[str, Any]] = [
-        {"type": "integer", "exclusiveMinimum": 0},
-        {"type": "number", "exclusiveMinimum": 0},
-        {"type": "string", "pattern": pattern},
-        {"type": "null"},
-    ]
-    return BeforeValidator(read), WithJsonSchema({"anyOf": kinds})
 
 
 def _patterns(found: Any) -> Any:
@@ -188,7 +155,7 @@ class PruneOptions(StepOptions):
         None,
         description="KV heads to keep in every layer, exactly: merged (a divisor of what the model has) or dropped.",
     )
-    kv_cache_bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "12KiB or 20480")] = Field(
+    kv_cache_bytes: Annotated[int | None, *number_or(SIZES, "12KiB or 20480")] = Field(
         None,
         description="Bytes that the keys and values of a token may take in the cache, in the checkpoint's dtype, as in "
         "12KiB: as many KV heads stay as fit.",
@@ -209,12 +176,12 @@ class PruneOptions(StepOptions):
         description="Calibration windows, at most, on which layer_criterion loss measures the model without each "
         "layer: as much work as layers / 2 forward passes over them.",
     )
-    params: Annotated[int | None, *_target(COUNTS, "[kKmMbBtT]?", "9B, 8.93B, 900M or 9.0e9")] = Field(
+    params: Annotated[int | None, *number_or(COUNTS, "9B, 8.93B, 900M or 9.0e9")] = Field(
         None,
-        description="Parameters of the whole model to stay within, as in 9B or 900M: the FFN takes what heads or "
-        "keep_heads leave.",
+        description="Parameters of the whole model to stay within, by 1.5 % at most, as in 9B or 900M: the FFN takes "
+        "what heads or keep_heads leave.",
     )
-    bytes: Annotated[int | None, *_target(SIZES, "([kKmMgGtT][iI]?[bB])?", "17.9GB or 11GiB")] = Field(
+    bytes: Annotated[int | None, *number_or(SIZES, "17.9GB or 11GiB")] = Field(
         None, description="Bytes of this step's weight files to stay within, as in 17.9GB or 11GiB; like params."
     )
     allocation: Annotated[str, *one_of("allocation", ALLOCATIONS)] = Field(

@@ -26,7 +26,7 @@ from compress.steps.prune.options import PER_LAYER, PruneOptions
 from compress.steps.prune.shares import weight_notes
 from compress.steps.prune.tower import WHOLE_TOWER, TowerLeft, tower_left
 from compress.steps.prune.whole import layers_left
-from compress.steps.prune.widths import Decoder, Keeps, Layer, own
+from compress.steps.prune.widths import Decoder, Keeps, Layer, by_layer, own
 from compress.steps.types import Complain, PlanContext, StepPlan
 
 # benchmarks.md: SmolLM2 so calibrated stands at 2.47 times dense on WikiText-2, and at 1.93 with `self`
@@ -146,7 +146,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *left.notes,
             *tower.notes,
             *_label_notes(family, after, why),
-            *([per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
+            *([*by_layer(keep), per_layer.NOTE] if per_layer.is_per_layer(after.config) else []),
             *first.notes,
             *_refit_note(options, decoder, keep, context, complain),
             *held_notes(options, losing, tower.ffn < tower.whole.ffn, complain),

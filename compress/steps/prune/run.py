@@ -172,10 +172,11 @@ class _Pruner:
         hidden, probe = self._begin(ids, probe_ids)
         layers = self._layers()
         with self.job.progress.task("pruning layers", len(layers)) as task:
-            for index, source in enumerate(layers):
-                if source >= len(self.chosen):
-                    self.chosen += [{} for _ in range(len(self.chosen), source)]  # layers that go
-                    self._finish(index, self._layer(source, index, hidden), hidden, probe)
+            earlier = sum(source < len(self.chosen) for source in layers)
+            task.advance(earlier, earlier=True)
+            for index, source in enumerate(layers[earlier:], earlier):
+                self.chosen += [{} for _ in range(len(self.chosen), source)]  # layers that go
+                self._finish(index, self._layer(source, index, hidden), hidden, probe)
                 task.advance()
         self.chosen += [{} for _ in range(len(self.chosen), self.before.layers)]
         done = {self.job.family.prefix(index) + name for index in range(len(layers)) for name in self.names}

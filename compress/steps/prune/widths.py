@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import groupby
 
 from compress.arch import Group, Sizes
 from compress.arch.kv import KV_HEADS
@@ -115,6 +116,17 @@ def whole_heads(layer: Layer) -> int:
 def whole_ffn(layer: Layer) -> int:
     """The rule that no neuron goes."""
     return own(layer, "ffn")
+
+
+def by_layer(keeps: Keeps) -> list[str]:
+    """`heads: 9 in every layer`; `FFN by layer, from the first: 1,536 x 2, 640, 720 x 3`."""
+    told = []
+    for name, noun in (("ffn", "FFN"), ("heads", "heads")):
+        runs = [(width, len(list(same))) for width, same in groupby(keep[name] for keep in keeps)]
+        each = ", ".join(f"{width:,}" + (f" x {count}" if count > 1 else "") for width, count in runs)
+        alike = f"{noun}: {runs[0][0]:,} in every layer"
+        told.append(alike if len(runs) == 1 else f"{noun} by layer, from the first: {each}")
+    return told
 
 
 def width_multiple(hidden: int) -> int:
@@ -311,6 +323,7 @@ def _to_target(
         refuse(
             key,
             f"{limit:,} is more than {within:.1%} away: the largest that {left} reach below it is {told(width)}{above}",
+            None if options.heads is not None else f"keep_ffn: {width} (--keep-ffn {width}) takes the largest below it",
         )
         return None
     neighbours = f"; its neighbours are {' and '.join(around)}" if around else ""

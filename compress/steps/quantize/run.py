@@ -43,7 +43,7 @@ def run(job: Job) -> Outcome:
         ids = _probe_ids(job, reader.header)
         done, hidden = _begin(job, writer, packer, stream, ids)
         with job.progress.task(f"writing {how.name}", len(layers) + 1) as task:
-            task.advance(done)
+            task.advance(done, earlier=True)
             for index in range(done, len(layers)):
                 reader.prefetch(layers[index + 1] if index + 1 < len(layers) else rest[:1])
                 _layer(index, layers[index], reader, packer, stream, hidden)
