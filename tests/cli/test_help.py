@@ -81,7 +81,7 @@ def test_a_steps_flags_are_the_keys_of_its_options(name: str) -> None:
         param = params[key]
         assert param.opts == ["--" + key.replace("_", "-")]
         assert param.required == field.is_required()
-        assert param.help.replace("\\[", "[") == field.description
+        assert param.help.replace("\\[", "[").removesuffix(" May be repeated." * param.multiple) == field.description
         assert field.is_required() or str(param.default) == str(field.default)
         if field.annotation is bool:
             assert param.secondary_opts == ["--no-" + key.replace("_", "-")]

@@ -40,7 +40,7 @@ LAYERS = (
     ("complaints", "data", "arch", "curves"),
     ("checkpoint", "recipe_yaml", "signatures"),
     ("device", "progress"),
-    ("errors", "limits", "machine"),
+    ("errors", "limits", "machine", "numbers"),
 )
 # What imports a module by a name that only a variable holds, and why that may be.
 COMPUTED = {
