@@ -112,7 +112,7 @@ def _drawn(
     import torch
     import transformers.utils.logging
 
-    words = _words(tokenizer)
+    words = _words(tokenizer, _vocabulary(read_json(folder / "config.json")) or len(tokenizer))
     draw = np.random.Generator(np.random.PCG64(seed))
     first = draw.choice(words, size=samples, replace=samples > len(words))
     before = np.asarray(tokenizer("")["input_ids"], dtype=np.int64)
@@ -134,12 +134,13 @@ def _drawn(
     return np.concatenate(found)[:, len(before) :]
 
 
-def _words(tokenizer: Any) -> npt.NDArray[np.int64]:
-    """Ids of ordinary tokens that are words or the beginnings of words: letters alone, in any script."""
+def _words(tokenizer: Any, vocabulary: int) -> npt.NDArray[np.int64]:
+    """Ids below `vocabulary` of ordinary tokens that are words or the beginnings of words: letters alone, in any
+    script."""
     import numpy as np
 
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    ordinary = [id for id in range(len(tokenizer)) if id not in special]
+    ordinary = [id for id in range(min(len(tokenizer), vocabulary)) if id not in special]
     texts = tokenizer.batch_decode([[id] for id in ordinary])
     words = [id for id, text in zip(ordinary, texts, strict=True) if text.strip().isalpha()]
     return np.asarray(words or ordinary, dtype=np.int64)
@@ -177,7 +178,8 @@ class _Nucleus:
         import torch
 
         del input_ids
-        scores = scores.float().index_fill(1, self._never, -torch.inf) / TEMPERATURE
+        never = self._never[self._never < scores.shape[1]]  # a config may name ids that its own vocabulary lacks
+        scores = scores.float().index_fill(1, never, -torch.inf) / TEMPERATURE
         likely = scores.softmax(-1)
         total = likely.cumsum(-1)
         if not bool(torch.isfinite(total[:, -1]).all()):

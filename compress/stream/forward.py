@@ -152,8 +152,14 @@ class Stream:
         table.weight = nn.Parameter(self.reader.rows(name, unique.tolist(), self.dtype), requires_grad=False)
         found = torch.empty(*ids.shape, table.weight.shape[1], dtype=self.dtype)
         batch = max(1, BATCH_TOKENS // ids.shape[1])
-        for start in range(0, len(ids), batch):
-            found[start : start + batch] = self._calls.first(inverse[start : start + batch].to(self.device))
+        try:
+            for start in range(0, len(ids), batch):
+                found[start : start + batch] = self._calls.first(inverse[start : start + batch].to(self.device))
+        except IndexError as error:  # the rows are there: what is looked up besides them is the position
+            raise UserError(
+                f"{self.reader.folder}: windows of {ids.shape[1]} tokens, and its table of positions is shorter",
+                hint="a smaller length of the text's windows (--length)",
+            ) from error
         table.weight, table.padding_idx = whole, padding
         return found
 

@@ -196,10 +196,21 @@ def test_all_of_a_text_may_be_too_few_tokens(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patched, pytest.raises(UserError, match=line):
         patched.setattr("compress.steps.prune.run.find_depth", lambda *_: pytest.fail("layers were chosen first"))
         compress.prune(model, tmp_path / "out", ffn=0.4, keep_layers=2, layer_criterion="loss", data=data, machine=one)
+    short = tmp_path / "short.txt"
+    short.write_text("ninety bytes " * 4)
+    with pytest.raises(UserError, match="32 calibration tokens for a Gram matrix of 64 columns"):  # o_proj is refitted
+        compress.prune(model, tmp_path / "out", keep_kv_heads=1, data=data | {"source": str(short)}, machine=one)
     with pytest.raises(UserError, match=line):
         compress.measure_sensitivity(model, tmp_path / "seen", data=data, machine=one, pictures=False)
     compress.prune(model, tmp_path / "out", ffn=0.4, data=data, machine=one, force=True)
     compress.prune(model, tmp_path / "magnitude", ffn=0.4, data=data, machine=one, criterion="magnitude", refit=False)
+
+
+def test_windows_longer_than_a_table_of_positions_are_one_line(tmp_path: Path) -> None:
+    model = tiny.undescribed("ctrl", tmp_path / "ctrl", dff=96, num_key_value_heads=8, max_position_embeddings=48)
+    data = {"samples": 4, "length": 64}
+    with pytest.raises(UserError, match="windows of 64 tokens, and its table of positions is shorter"):
+        compress.prune(model, tmp_path / "out", ffn=0.3, data=data, machine=compress.Machine(1))
 
 
 def test_heads_that_nothing_loads_are_refused_with_the_reason(

@@ -129,6 +129,15 @@ def test_scores_are_those_of_the_paper(criterion: str, tmp_path: Path) -> None:
     assert found["kept"] == kept
 
 
+def test_layers_that_compute_with_their_number_do_not_change_places(tmp_path: Path) -> None:
+    """DiffLlama's lambda_init is a function of it: the rest would be another model, and load without a word."""
+    source = tiny.undescribed("diffllama", tmp_path / "source", num_hidden_layers=6)
+    silence(source, [1, 2])
+    with pytest.raises(UserError, match="keep_layers: layer 5 of a diffllama gives something else as layer 3"):
+        prune(source, tmp_path / "out", keep_layers=4, layer_criterion="influence")
+    assert not (tmp_path / "out").exists()
+
+
 def cosines(one: torch.Tensor, other: torch.Tensor, positions: range) -> list[float]:
     pairs = [(a[p].double(), b[p].double()) for a, b in zip(one, other, strict=True) for p in positions]
     return [float(a @ b / (a.norm() * b.norm())) for a, b in pairs]

@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_tokens_and_leaves_torchs_own_seed_alone(fa
 
 def test_batches_are_drawn_apart(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one and the same word, so that nothing but the draws tells the windows of two batches apart."""
-    monkeypatch.setattr("compress.data.sample._words", lambda tokenizer: np.array([65]))
+    monkeypatch.setattr("compress.data.sample._words", lambda tokenizer, vocabulary: np.array([65]))
     ids = sampled(llama, spec=DataSpec(source="self", samples=2 * BATCH, length=16)).ids
     assert set(ids[:, 0]) == {65} and len({tuple(row) for row in ids.tolist()}) == len(ids)
 
@@ -99,6 +99,15 @@ def test_windows_begin_with_a_word_and_hold_only_what_text_can_hold(tmp_path: Pa
     ends = np.argwhere(ids[:, :-1] == EOS)
     assert len(ends), "an end of a text is part of what a model writes"
     assert all(ids[row, column + 1] != EOS for row, column in ends[:3]), "after it another text goes on"
+
+
+def test_a_vocabulary_that_lacks_some_of_the_tokenizers_ids_is_kept_to(tmp_path: Path) -> None:
+    """And one that lacks an id of images that the config names."""
+    small = tiny.llama(tmp_path / "small", vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"image_token_id": 250}))
+    ids = windows(DataSpec(source="self", samples=4, length=8), "calibration", small, 0).ids
+    assert ids.shape == (4, 8) and ids.max() < 200
 
 
 def test_the_tokenizers_beginning_is_seen_and_cut_off(llama: Path, tmp_path: Path) -> None:

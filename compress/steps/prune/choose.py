@@ -14,6 +14,7 @@ from compress.steps.prune.allocate import MOST, allocate, choices, smallest, unc
 from compress.steps.prune.measured import predicted_loss
 from compress.steps.prune.options import PER_LAYER, PruneOptions
 from compress.steps.prune.widths import (
+    WITHIN,
     Decoder,
     Keeps,
     Layer,
@@ -90,6 +91,9 @@ def _pair(
             near = near or follow(options, decoder, _so_many(heads), _silent) is not None
     if not near:
         return _beyond(options, decoder, counts, complain)
+    if options.ratio is not None:  # of pairs whose widths were rounded up, one would be best for removing less
+        least = (1 - WITHIN) * options.ratio * decoder.matrix_parameters
+        found = [pair for pair in found if decoder.removed(pair[2][0]) >= least] or found
     loss, heads, (keeps, notes) = min(found, key=lambda pair: pair[0])
     others = [f"{count} heads {cost:.4f}" for cost, count, _ in found if count != heads]
     told = f" ({', '.join(others)})" if others else ""

@@ -108,6 +108,32 @@ def settled(job: Job, depth: Depth | None) -> Job:
     return replace(job, plan=of(job.plan), pack=None if job.pack is None else of(job.pack))
 
 
+def check_places(job: Job, reader: Reader, depth: Depth | None) -> None:
+    """UserError where a layer of a traced family gives something else in the place that it gets: its class may compute
+    with the number of a layer, or of all layers (DiffLlama's lambda_init). The last one moves the farthest."""
+    family = job.family
+    if depth is None or not family.traced or depth.kept[-1] == len(depth.kept) - 1:
+        return
+    place, source = len(depth.kept) - 1, depth.kept[-1]
+    config, prefix = family.shallow(_told(job), depth.kept), family.prefix(depth.kept[-1])
+    names = [name for name in reader.header.tensors if name.startswith(prefix)]
+    tensors = {name.removeprefix(prefix): reader.tensor(name) for name in names}
+    hidden = torch.randn(1, 8, family.sizes(reader.header).hidden, generator=torch.Generator().manual_seed(0))
+    found = []
+    for index, said in ((source, None), (place, config)):
+        stream = Stream(reader, family, dtype=torch.float32, config=said)
+        out = hidden.clone()
+        with stream.layer_from(index, tensors) as layer:
+            stream.advance(layer, out)
+        found.append(out)
+    before, after = found
+    if not torch.allclose(after, before, rtol=1e-4, atol=1e-5):
+        raise UserError(
+            f"keep_layers: layer {source} of a {family.name} gives something else as layer {place}: it computes with "
+            "its number, or with how many there are"
+        )
+
+
 def _told(job: Job) -> Header:
     """The source with the lists in its config that its class would derive, where they do not say the same of every
     layer: of fewer layers another list would be derived."""

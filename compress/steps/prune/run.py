@@ -28,9 +28,9 @@ from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import gradients, scores
-from compress.steps.prune.depth import Depth, find_depth, settled
+from compress.steps.prune.depth import Depth, check_places, find_depth, settled
 from compress.steps.prune.enough import check_held_out
-from compress.steps.prune.gathered import gathered, groups_cut, needs
+from compress.steps.prune.gathered import gathered, groups_cut, needs, widest
 from compress.steps.prune.gauss_newton import Seen
 from compress.steps.prune.inputs import FFN, look
 from compress.steps.prune.joint import activation_of, gated, joint_refit, written
@@ -61,9 +61,8 @@ def run(job: Job) -> Outcome:
     weights = TokenWeights(options, tokens.kinds)
     ids = torch.from_numpy(tokens.ids)
     check_held_out(options, len(ids))
-    groups = groups_cut(plan, job.family)
-    if "gram" in gathered(plan, groups):
-        said = check_tokens(tokens, data.samples is not None, groups, options.force)
+    if columns := widest(plan, job.family):
+        said = check_tokens(tokens, data.samples is not None, columns, options.force)
         if said is not None:
             job.progress.note(said)
     sight, tensors = sight_of(tokens), (job.pack or job.plan).after.tensors.values()
@@ -74,6 +73,7 @@ def run(job: Job) -> Outcome:
         Writer(job.target, tensors, job.shard_bytes, keep=job.ledger is not None) as writer,
     ):
         depth = find_depth(job, streamed, ids, sight, tower.kept())
+        check_places(job, streamed, depth)
         job = settled(job, depth)
         plan = cast(PrunePlan, job.plan)
         pruner = _Pruner(job, plan, options, depth, weights, sight, tower, reader, streamed, writer)

@@ -5,13 +5,10 @@ Weights are made anew from tokens and hidden states where they are needed, so a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from compress.arch import Group
 from compress.data import PADDING, TOKEN_KINDS, Tokens
 from compress.errors import UserError
 from compress.limits import BATCH_TOKENS, ENOUGH
@@ -68,15 +65,14 @@ def _inverse_square(hidden: torch.Tensor) -> torch.Tensor:
     return found.clamp_min(FLOOR * float(found.median())).clamp_min(1e-30).reciprocal()
 
 
-def check_tokens(tokens: Tokens, planned: bool, groups: Sequence[Sequence[Group]], force: bool) -> str | None:
-    """How many tokens there are for a column of the widest of the groups' Gram matrices, in words, where a plan has not
+def check_tokens(tokens: Tokens, planned: bool, columns: int, force: bool) -> str | None:
+    """How many tokens there are for each of the `columns` of the widest Gram matrix, in words, where a plan has not
     counted them, as it does whole windows of a given number (`planned`): all of a text, or padding among them.
     UserError where they are fewer than columns, unless `force`."""
     padding = 0 if tokens.kinds is None else int((tokens.kinds == PADDING).sum())
     if planned and not padding:
         return None
     count, besides = int(tokens.ids.size) - padding, " besides padding" if padding else ""
-    columns = max((group.units * group.width for layer in groups for group in layer), default=1)
     if not force and (few := few_tokens(count, columns, besides)) is not None:
         raise few
     poor = f" (under {ENOUGH}: the refit will be poor; give more text)" if count < ENOUGH * columns else ""
