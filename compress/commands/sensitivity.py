@@ -139,6 +139,7 @@ def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pict
         [[row.name, row.told(), f"{row.measured:.4f}", f"{row.kl:.4f}"] for row in rows],
         "rise of the loss over the dense model, nats a token; KL: how far its distribution moved, which no luck hides",
         *["at least: more went than was measured"] * any(row.at_least for row in rows),
+        *(f"{row.name} is {row.otherwise}: the prediction is of another prune" for row in rows if row.otherwise),
         *said,
     )
 

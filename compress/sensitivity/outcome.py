@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.digests import digest_of
 from compress.checkpoint.headers import read_json
@@ -20,13 +21,15 @@ UNSEEN = {"layers": "whole layers", "kv_heads": "KV heads", "vision": "the visio
 @dataclass(frozen=True)
 class Outcome:
     """A pruned result by its folder's name; rises of the loss over the dense model, nats a token, and the mean KL from
-    it. `at_least`: more units went than curves were measured for."""
+    it. `at_least`: more units went than curves were measured for. `otherwise`: what was pruned in another way than the
+    prediction is of, in words."""
 
     name: str
     predicted: float
     measured: float
     kl: float
     at_least: bool = False
+    otherwise: str = ""
 
     def told(self) -> str:
         """The prediction, with `at least` where it is that."""
@@ -62,4 +65,18 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
     if None in (before["perplexity"], after["perplexity"], after["kl"]):
         raise UserError(f"{path}: it measured no finite loss; nothing can be compared with the prediction")
     rise = math.log(after["perplexity"]) - math.log(before["perplexity"])
-    return Outcome(result.name, found.predicted(keep), rise, after["kl"], found.ends_before(keep))
+    ends = found.ends_before(keep)
+    return Outcome(result.name, found.predicted(keep), rise, after["kl"], ends, _otherwise(found, receipt))
+
+
+def _otherwise(found: Sensitivity, receipt: Mapping[str, Any]) -> str:
+    """What the curves do not know: another ranking, another refit or none."""
+    try:
+        options = receipt["recipe"]["steps"][0]["options"]
+        ranked = found.criterion if options["from_sensitivity"] else options["criterion"]
+        said = [f"ranked by {ranked}, not {found.criterion}"] if ranked != found.criterion else []
+        said += [] if options["refit"] else ["not refitted"]
+        said += ["refitted jointly"] if options["joint_refit"] else []
+    except (KeyError, IndexError, TypeError):
+        return ""  # of an earlier version, that had no such options
+    return ", ".join(said)

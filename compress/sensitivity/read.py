@@ -32,7 +32,10 @@ def read_scores(folder: Path, step: str | None) -> tuple[str, dict[str, Any], di
     if not steps:
         raise UserError(f"{home}: no saved scores; {folder} is neither a sensitivity folder nor a prune step's result")
     if step is None and len(steps) > 1:
-        raise UserError(f"{home}: several prune steps", hint=f"name one, step='{steps[0]}'; found {', '.join(steps)}")
+        raise UserError(
+            f"{home}: several prune steps",
+            hint=f"compress.load_sensitivity(folder, step='{steps[0]}') shows one; found {', '.join(steps)}",
+        )
     name = steps[0] if step is None else step
     if name not in steps:
         raise UserError(f"{home}: no step '{name}'{did_you_mean(name, steps)}")

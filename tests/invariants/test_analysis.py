@@ -181,6 +181,11 @@ def test_the_pictures_show_the_frames(found: Sensitivity) -> None:
     assert dataclasses.replace(found, about=about).plot_layers().get_supxlabel().endswith("self 25% + text.txt 75%")
 
 
+def said_of(folder: Path, result: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["sensitivity", str(folder), "--against", str(result), "--no-pictures"]) == 0
+    return capsys.readouterr().out
+
+
 def test_predicted_beside_measured(
     source: Path, folder: Path, found: Sensitivity, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +201,11 @@ def test_predicted_beside_measured(
     dense, after = (stage["perplexity"] for stage in receipt["stages"])
     assert row["measured"] == pytest.approx(np.log(after / dense)) and row["name"] == "pruned"
     assert found.plot_predicted([tmp_path / "pruned"]).axes[0].get_xlabel()
+    assert row["otherwise"] == "" and "another prune" not in said_of(folder, tmp_path / "pruned", capsys)
+    recipe.write_text(recipe.read_text().replace("criterion: obs", "criterion: random, refit: false"))
+    compress.run(recipe, tmp_path / "by-chance", machine=ONE)
+    told = "by-chance is ranked by random, not obs, not refitted: the prediction is of another prune"
+    assert told in said_of(folder, tmp_path / "by-chance", capsys)
     few = {"samples": 2, "length": 64}
     compress.measure_sensitivity(source, tmp_path / "few", data=few, machine=ONE, pictures=False)
     for measured, told in ((folder, False), (tmp_path / "few", True)):
