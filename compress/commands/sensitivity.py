@@ -130,6 +130,7 @@ def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pict
     rows = [outcome(found, result) for result in results]
     few = found.measured.tokens_per_column if found.measured is not None else ENOUGH
     said = [f"predicted from {few:.1f} calibration tokens per column, under {ENOUGH}: it means little"] * (few < ENOUGH)
+    plain = f"the prediction is of {found.criterion} and a plain refit at damping {found.about['damping']:g}"
     if pictures:
         drawn = found.save_predicted(rows, folder / "pictures")
         said.append(f"picture: {drawn[0]}")
@@ -139,7 +140,7 @@ def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pict
         [[row.name, row.told(), f"{row.measured:.4f}", f"{row.kl:.4f}"] for row in rows],
         "rise of the loss over the dense model, nats a token; KL: how far its distribution moved, which no luck hides",
         *["at least: more went than was measured"] * any(row.at_least for row in rows),
-        *(f"{row.name} is {row.otherwise}: the prediction is of another prune" for row in rows if row.otherwise),
+        *(f"{row.name} was pruned with {row.otherwise}: {plain}" for row in rows if row.otherwise),
         *said,
     )
 

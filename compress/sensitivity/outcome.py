@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from compress.checkpoint.digests import digest_of
 from compress.checkpoint.headers import read_json
 from compress.errors import UserError
+from compress.steps.prune.measured import other_refit
+from compress.steps.prune.options import PruneOptions
 
 if TYPE_CHECKING:
     from compress.sensitivity import Sensitivity
@@ -21,8 +25,8 @@ UNSEEN = {"layers": "whole layers", "kv_heads": "KV heads", "vision": "the visio
 @dataclass(frozen=True)
 class Outcome:
     """A pruned result by its folder's name; rises of the loss over the dense model, nats a token, and the mean KL from
-    it. `at_least`: more units went than curves were measured for. `otherwise`: what was pruned in another way than the
-    prediction is of, in words."""
+    it. `at_least`: more units went than curves were measured for. `otherwise`: the options that the prediction is
+    not of."""
 
     name: str
     predicted: float
@@ -72,11 +76,9 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
 def _otherwise(found: Sensitivity, receipt: Mapping[str, Any]) -> str:
     """What the curves do not know: another ranking, another refit or none."""
     try:
-        options = receipt["recipe"]["steps"][0]["options"]
-        ranked = found.criterion if options["from_sensitivity"] else options["criterion"]
-        said = [f"ranked by {ranked}, not {found.criterion}"] if ranked != found.criterion else []
-        said += [] if options["refit"] else ["not refitted"]
-        said += ["refitted jointly"] if options["joint_refit"] else []
-    except (KeyError, IndexError, TypeError):
-        return ""  # of an earlier version, that had no such options
-    return ", ".join(said)
+        options = PruneOptions.model_validate(receipt["recipe"]["steps"][0]["options"])
+    except (KeyError, IndexError, TypeError, ValidationError):
+        return ""  # another version's options: what they did is not known here
+    ranked = options.from_sensitivity is not None or options.criterion == found.criterion
+    other = other_refit(options, float(found.about["damping"]))
+    return " and ".join([*([] if ranked else [f"criterion: {options.criterion}"]), *other])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -456,3 +457,12 @@ def test_only_a_partial_folder_of_the_same_layout_is_taken_up(tmp_path: Path) ->
         with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "out", specs, keep=True) as other:
             assert os.path.getsize(other.partial / "model.safetensors") < 10_000  # begun anew
             raise KeyboardInterrupt
+
+
+def test_a_folder_for_training_in_which_nothing_was_saved_is_no_finished_work(tmp_path: Path) -> None:
+    work: Any = SimpleNamespace(folder=tmp_path)
+    saved = tmp_path / "1-distill.training"
+    saved.mkdir()
+    assert not resume.Work.holds_something(work)
+    (saved / "checkpoint-10").mkdir()
+    assert resume.Work.holds_something(work)

@@ -201,10 +201,10 @@ def test_predicted_beside_measured(
     dense, after = (stage["perplexity"] for stage in receipt["stages"])
     assert row["measured"] == pytest.approx(np.log(after / dense)) and row["name"] == "pruned"
     assert found.plot_predicted([tmp_path / "pruned"]).axes[0].get_xlabel()
-    assert row["otherwise"] == "" and "another prune" not in said_of(folder, tmp_path / "pruned", capsys)
+    assert row["otherwise"] == "" and "was pruned with" not in said_of(folder, tmp_path / "pruned", capsys)
     recipe.write_text(recipe.read_text().replace("criterion: obs", "criterion: random, refit: false"))
     compress.run(recipe, tmp_path / "by-chance", machine=ONE)
-    told = "by-chance is ranked by random, not obs, not refitted: the prediction is of another prune"
+    told = "by-chance was pruned with criterion: random and refit: false: the prediction is of obs and a plain refit at"
     assert told in said_of(folder, tmp_path / "by-chance", capsys)
     few = {"samples": 2, "length": 64}
     compress.measure_sensitivity(source, tmp_path / "few", data=few, machine=ONE, pictures=False)

@@ -218,3 +218,11 @@ def test_flags_recipe_and_api_take_the_same_targets(tmp_path: Path, capsys: pyte
     assert main(["prune", str(model), "-o", str(tmp_path / "d"), "--bytes", "9Q", "-q"]) == 2
     assert "--bytes: found '9Q', allowed: a whole number above 0, or text such as 17.9GB" in capsys.readouterr().err
     assert json.loads((tmp_path / "a" / "receipt.json").read_text())["steps"][0]["options"]["params"] > 0
+
+
+def test_a_size_that_is_too_far_away_names_the_width_that_stays_within_it(glm: Path) -> None:
+    """Where no head goes: with fewer of them that width alone would be another model."""
+    for options, hint in (("params: 11264M, keep_heads: 2", None), ("bytes: 7.6GB", "--keep-ffn 256")):
+        with pytest.raises(UserError, match=r"is more than 1\.5% away") as caught:
+            pruned(glm, options)
+        assert caught.value.hint is None if hint is None else hint in (caught.value.hint or "")

@@ -109,7 +109,7 @@ def _beyond(options: PruneOptions, decoder: Decoder, counts: list[int], complain
     key = next(key for key in BUDGETS if getattr(options, key) is not None)
     size, limit, _ = _budget(options, decoder, key)
     narrowest = decoder.keeps(whole_heads, lambda layer: width_multiple(decoder.sizes.hidden))
-    rule = _so_many(counts[-1]) if size(narrowest) > limit else whole_heads
+    rule = _so_many(counts[-1]) if counts and size(narrowest) > limit else whole_heads
     return follow(options, decoder, rule, complain)
 
 

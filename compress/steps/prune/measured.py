@@ -76,18 +76,23 @@ def measured_notes(found: Curves, decoder: Decoder, keep: Keeps, options: PruneO
         poor = f"; measured on {few:.1f} calibration tokens per column, under {ENOUGH}: it means little"
     told = f"{loss:.4f} nats a token (perplexity {times:.4g} times the dense one){least}{poor}"
     damping = float(found.about["damping"])
+    given = other_refit(options, damping)
+    plain = f"; that is with a plain refit at damping {damping:g}, not with {' and '.join(given)}" if given else ""
+    return [
+        f"units are ranked by {found.criterion}, as {found.folder} has them",
+        f"predicted rise of the loss: {told}{plain}",
+    ]
+
+
+def other_refit(options: PruneOptions, damping: float) -> list[str]:
+    """The options that make the refit another one than curves are measured with: a plain one at `damping`."""
     other = {
         "refit": None if options.refit else "false",
         "damping": None if options.damping == damping or not options.refit else f"{options.damping:g}",
         "held_out": None if options.held_out is None else f"{options.held_out:g}",
         "joint_refit": options.joint_refit or None,
     }
-    given = [f"{key}: {value}" for key, value in other.items() if value is not None]
-    plain = f"; that is with a plain refit at damping {damping:g}, not with {' and '.join(given)}" if given else ""
-    return [
-        f"units are ranked by {found.criterion}, as {found.folder} has them",
-        f"predicted rise of the loss: {told}{plain}",
-    ]
+    return [f"{key}: {value}" for key, value in other.items() if value is not None]
 
 
 def receipt(found: Curves, loss: float) -> Mapping[str, Any]:

@@ -293,6 +293,7 @@ def _to_target(
     limit: int = getattr(options, key)
     multiple = width_multiple(sizes.hidden)
     widths = [*range(multiple, sizes.ffn, multiple), sizes.ffn]
+    whole = all(heads(layer) == own(layer, "heads") for layer in decoder.layers)
     left = f"{heads(max(decoder.layers, key=whole_heads))} heads"
     left += f" in {len(decoder.layers)} layers" if decoder.gone else ""
     left += " and what is fixed by hand" if decoder.fixed else ""
@@ -323,7 +324,7 @@ def _to_target(
         refuse(
             key,
             f"{limit:,} is more than {within:.1%} away: the largest that {left} reach below it is {told(width)}{above}",
-            None if options.heads is not None else f"keep_ffn: {width} (--keep-ffn {width}) takes the largest below it",
+            f"keep_ffn: {width} (--keep-ffn {width}) takes the largest below it" if whole else None,
         )
         return None
     neighbours = f"; its neighbours are {' and '.join(around)}" if around else ""
