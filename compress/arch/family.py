@@ -123,7 +123,7 @@ class Family:
     head_beside: what the model does with logits beside the product of hidden states and output matrix, or None.
     read: a text config with its sizes under the names that `Sizes` is read by; keys: what a config calls those names.
     norm: the tensors of the last norm. before: modules of the decoder that run before its first layer, beside the
-    embedding. traced: found by compress/trace, and not described.
+    embedding. traced: found by compress/trace, and not described. fixed_depth: why none of its layers may go, or None.
     vision: module path of the vision tower that images of a calibration go through, named so on disk as well; None:
     calibrated on text alone. tower: what of it can be cut; None: nothing.
     layered: whether its layers may differ in width: its stock layer class takes a config and an index.
@@ -152,6 +152,7 @@ class Family:
     norm: tuple[str, ...] = ("weight",)
     before: tuple[str, ...] = ()
     traced: bool = False
+    fixed_depth: str | None = None
     layered: bool = False
     vision: str | None = None
     tower: Tower | None = None
@@ -298,7 +299,7 @@ class Family:
         only.
         """
         deep, text = self.sizes(header).layers, per_layer.text_of(found)
-        lists = per_layer.lists(text, deep) if text.get("num_hidden_layers") == deep else {}
+        lists = per_layer.lists(text, deep) if self.read(text).get("num_hidden_layers") == deep else {}
         return replace(header, config=self.with_units(header.config, lists)) if lists else header
 
     def with_units(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from compress.arch import Family
+from compress.checkpoint import per_layer
+from compress.checkpoint.headers import Header
 from compress.checkpoint.stock import stock_class
 from compress.data.quiet import quiet as silence
 from compress.errors import UserError
+from compress.stream.arranged import stock_view
 
 
 def stock_config(config: Mapping[str, Any]) -> Any:
@@ -41,6 +46,19 @@ def stock_model(config: Mapping[str, Any]) -> nn.Module:
 def attention_of(kind: Any) -> str:
     """How a stock class computes attention here: sdpa, or eager where it has no other."""
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
+def told(family: Family, header: Header) -> Header:
+    """`header` with the lists in its config that the stock class would derive, where they do not say the same of every
+    layer: of fewer layers another list would be derived."""
+    stock: Any = stock_config(stock_view(family, header.config)[0]).get_text_config(decoder=True)
+    derived = per_layer.lists(stock.to_dict(), family.sizes(header).layers)
+    missing = {
+        key: said
+        for key, said in derived.items()
+        if header.text_config.get(key) is None and any(each != said[0] for each in said)
+    }
+    return replace(header, config=family.with_units(header.config, missing))
 
 
 @contextmanager

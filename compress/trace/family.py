@@ -74,6 +74,7 @@ def family_of_found(found: Found, config: Mapping[str, Any]) -> Family:
         keys={**{key: key_of(config, key) for key in base}, "intermediate_size": found.ffn_key},
         head_beside=lambda text: found.beside,
         traced=True,
+        fixed_depth=found.no_depth,
     )
     return family
 

@@ -34,7 +34,8 @@ class Coupled:
 @dataclass(frozen=True)
 class Found:
     """What a family is made of. `ffn_key`: the key of the config that sets the FFN's width; `no_heads`: why query heads
-    cannot be cut, or None; `beside`: what the model does with its logits beside the product, or None."""
+    cannot be cut, or None; `no_depth`: why layers cannot go, or None; `beside`: what the model does with its logits
+    beside the product, or None."""
 
     text: str
     parts: Parts
@@ -48,6 +49,7 @@ class Found:
     head_cuts: tuple[Coupled, ...]
     no_heads: str | None
     beside: str | None
+    no_depth: str | None = None
 
 
 def find(model: nn.Module, config: Mapping[str, Any]) -> Found:

@@ -1,13 +1,16 @@
-"""The proof, on a small instance: it streams as the stock model runs, and cutting units is zeroing them.
+"""The proof, on a small instance: it streams as the stock model runs, cutting units is zeroing them, and a layer that
+goes is the identity.
 
 Both sides are stock transformers: the cut tensors are written under the changed config and loaded by its own class,
-which must take every key; the other side is the instance itself with the columns zeroed that read the units.
+which must take every key; the other side is the instance itself with the columns zeroed that read the units, or with
+the identity in the place of the layer.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from compress.checkpoint.stock import load_stock
 from compress.errors import UserError
 from compress.steps.prune.surgery import columns, cut
 from compress.stream.forward import Stream
-from compress.stream.stock import quiet
+from compress.stream.stock import quiet, told
 from compress.trace import Unproved
 from compress.trace.family import family_of_found, without_heads
 from compress.trace.find import Found
@@ -52,7 +55,8 @@ def prove(found: Found, config: Mapping[str, Any]) -> Found:
             wrong = _is_masking(family, "heads", model, header, ids, logits, Path(scratch) / "heads")
             if wrong is not None:
                 found = without_heads(found, wrong)
-    return found
+        wrong = _is_skipping(family, model, header, ids, Path(scratch) / "shallow")
+    return found if wrong is None else replace(found, no_depth=wrong)
 
 
 def _save(model: nn.Module, folder: Path) -> None:
@@ -107,6 +111,20 @@ def _is_masking(
     expected = _logits(_filled(instance(header.config), masked), ids)
     if not _apart(expected, whole) >= SILENT:
         return "zeroing them changes nothing"
+    return _is("the masked one", small, header, config, folder, ids, expected)
+
+
+def _is(
+    which: str,
+    small: Tensors,
+    header: Header,
+    config: Mapping[str, Any],
+    folder: Path,
+    ids: torch.Tensor,
+    expected: torch.Tensor,
+) -> str | None:
+    """Why the folder of a cut, loaded by stock transformers, does not give the logits `expected` of which one it is to
+    be, or None."""
     try:
         found = _logits(_loaded(small, header, config, folder), ids)
     except UserError as error:
@@ -114,7 +132,34 @@ def _is_masking(
     except Exception as error:  # whatever a stock class raises for a config that it takes
         return " ".join(str(error).split())[:160]
     apart = _apart(found, expected)
-    return None if apart <= EXACT else f"the cut model is not the masked one (logits differ by {apart:.1e})"
+    return None if apart <= EXACT else f"the cut model is not {which} (logits differ by {apart:.1e})"
+
+
+def _is_skipping(family: Family, model: nn.Module, header: Header, ids: torch.Tensor, folder: Path) -> str | None:
+    """Why a model without its first layer is not the one in which the identity takes that layer's place, or None."""
+    kept = range(1, family.sizes(header).layers)
+    if not kept:
+        return None
+    small = {name: value for name, value in model.state_dict().items() if not name.startswith(family.inside)}
+    for new, old in enumerate(kept):
+        small |= {
+            family.prefix(new) + name.removeprefix(family.prefix(old)): value
+            for name, value in model.state_dict().items()
+            if name.startswith(family.prefix(old))
+        }
+    config = family.shallow(told(family, header), kept)
+    handle = model.get_submodule(family.prefix(0)[:-1]).register_forward_hook(_identity, with_kwargs=True)
+    try:
+        expected = _logits(model, ids)
+    finally:
+        handle.remove()
+    return _is("the one without its first layer", small, header, config, folder, ids, expected)
+
+
+def _identity(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
+    del module
+    hidden = args[0] if args else given["hidden_states"]
+    return hidden if isinstance(out, torch.Tensor) else (hidden, *out[1:])
 
 
 def _half(group: Group) -> torch.Tensor:
@@ -140,7 +185,7 @@ def _loaded(tensors: Tensors, header: Header, config: Mapping[str, Any], folder:
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    stored = {name: tensors[name].clone() for name in header.tensors}
+    stored = {name: tensors[name].clone() for name in header.tensors if name in tensors}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     with quiet():
         model: nn.Module = load_stock(folder, torch.float32)

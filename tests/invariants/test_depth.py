@@ -25,6 +25,7 @@ from compress.plan import make_plan
 from compress.recipe import Recipe
 from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
 from compress.steps.prune.plan import PrunePlan
+from compress.trace import _traced
 from tests import tiny
 from tests.invariants.test_prune import masked_weights, prune
 from tests.invariants.test_run import contents
@@ -129,12 +130,26 @@ def test_scores_are_those_of_the_paper(criterion: str, tmp_path: Path) -> None:
     assert found["kept"] == kept
 
 
-def test_layers_that_compute_with_their_number_do_not_change_places(tmp_path: Path) -> None:
+def test_layers_that_compute_with_their_number_do_not_change_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DiffLlama's lambda_init is a function of it: the rest would be another model, and load without a word."""
-    source = tiny.undescribed("diffllama", tmp_path / "source", num_hidden_layers=6)
+    from transformers.models.diffllama import modeling_diffllama as stock
+
+    source = tiny.undescribed("diffllama", tmp_path / "source", num_hidden_layers=7)
     silence(source, [1, 2])
-    with pytest.raises(UserError, match="keep_layers: layer 5 of a diffllama gives something else as layer 3"):
-        prune(source, tmp_path / "out", keep_layers=4, layer_criterion="influence")
+    refused = r"prune\.keep_layers: layers of this diffllama cannot go: the cut model is not the one without its first"
+    with pytest.raises(UserError, match=refused):
+        planned(source, keep_layers=4)
+    assert "keep_layers" not in {cut["option"] for cut in compress.inspect(source)["cuts"]}
+    # what the first two layers of a small instance do not show: nothing is cut, though the last one would be the same
+    _traced.cache_clear()
+    monkeypatch.setattr(stock, "lambda_init_fn", lambda index: 0.7 if index == 3 else 0.2)
+    try:
+        with pytest.raises(UserError, match="keep_layers: layer 3 of a diffllama gives something else as layer 1"):
+            prune(source, tmp_path / "out", keep_layers=5, layer_criterion="influence")
+    finally:
+        _traced.cache_clear()
     assert not (tmp_path / "out").exists()
 
 

@@ -78,6 +78,14 @@ def test_a_config_is_written_in_the_names_of_its_family(models: dict[str, Path],
     assert family_of(header).sizes(header).ffn == 41
 
 
+def test_lists_by_layer_are_told_apart_by_the_depth_that_the_family_names(models: dict[str, Path]) -> None:
+    header = read_header(models["ctrl"])
+    family, kinds = family_of(header), {"kinds": ["a", "b", "b"]}
+    assert "num_hidden_layers" not in header.config
+    assert family.with_lists(header, header.config | kinds).config["kinds"] == ["a", "b", "b"]
+    assert family.with_lists(header, {**header.config, "n_layer": 2, **kinds}) == header
+
+
 @pytest.mark.parametrize("criterion", ["tp-magnitude", "tp-taylor"])
 def test_torch_pruning_finds_layers_under_their_own_name(
     criterion: str, models: dict[str, Path], tmp_path: Path

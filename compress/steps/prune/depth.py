@@ -16,8 +16,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from compress.checkpoint import per_layer
-from compress.checkpoint.headers import Header
 from compress.checkpoint.ledger import State
 from compress.checkpoint.per_layer import anchored
 from compress.checkpoint.reader import Reader
@@ -27,12 +25,11 @@ from compress.machine import Progress
 from compress.steps.prune.options import LAYER_CRITERIA, PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.types import Job, StepPlan
-from compress.stream.arranged import stock_view
 from compress.stream.calls import listens
 from compress.stream.forward import Stream, check_numbers, compute_dtype
 from compress.stream.loss import mean_loss
 from compress.stream.shown import Shown
-from compress.stream.stock import stock_config
+from compress.stream.stock import told
 from compress.stream.vision import Sight
 
 
@@ -100,7 +97,7 @@ def settled(job: Job, depth: Depth | None) -> Job:
     """`job` with the config of the layers that stay in its plans, which until now stood for any."""
     if depth is None:
         return job
-    config = job.family.shallow(_told(job), depth.kept)
+    config = job.family.shallow(told(job.family, job.plan.before), depth.kept)
 
     def of(plan: StepPlan) -> StepPlan:
         return replace(plan, after=job.family.with_lists(plan.after, config))
@@ -110,42 +107,34 @@ def settled(job: Job, depth: Depth | None) -> Job:
 
 def check_places(job: Job, reader: Reader, depth: Depth | None) -> None:
     """UserError where a layer of a traced family gives something else in the place that it gets: its class may compute
-    with the number of a layer, or of all layers (DiffLlama's lambda_init). The last one moves the farthest."""
+    with the number of a layer, or of all layers. The proof on a small instance has only the first few of them."""
     family = job.family
     if depth is None or not family.traced:
         return
-    place, source = len(depth.kept) - 1, depth.kept[-1]
-    config, prefix = family.shallow(_told(job), depth.kept), family.prefix(depth.kept[-1])
-    names = [name for name in reader.header.tensors if name.startswith(prefix)]
-    tensors = {name.removeprefix(prefix): reader.tensor(name) for name in names}
+    moved = [(old, new) for new, old in enumerate(depth.kept) if old != new]
+    config = family.shallow(told(family, job.plan.before), depth.kept)
+    before, after = (Stream(reader, family, dtype=torch.float32, config=said) for said in (None, config))
     hidden = torch.randn(1, 8, family.sizes(reader.header).hidden, generator=torch.Generator().manual_seed(0))
-    found = []
-    for index, said in ((source, None), (place, config)):
-        stream = Stream(reader, family, dtype=torch.float32, config=said)
-        out = hidden.clone()
-        with stream.layer_from(index, tensors) as layer:
-            stream.advance(layer, out)
-        found.append(out)
-    before, after = found
-    if not torch.allclose(after, before, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise UserError(
-            f"keep_layers: layer {source} of a {family.name} gives something else as layer {place}: it computes with "
-            "its number, or with how many there are"
-        )
+    with job.progress.task("layers in their new places", len(moved)) as task:
+        for old, new in moved:
+            prefix = family.prefix(old)
+            names = [name for name in reader.header.tensors if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): reader.tensor(name) for name in names}
+            expected, found = _passed(before, old, tensors, hidden), _passed(after, new, tensors, hidden)
+            if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True):
+                raise UserError(
+                    f"keep_layers: layer {old} of a {family.name} gives something else as layer {new}: it computes "
+                    "with its number, or with how many there are"
+                )
+            task.advance()
 
 
-def _told(job: Job) -> Header:
-    """The source with the lists in its config that its class would derive, where they do not say the same of every
-    layer: of fewer layers another list would be derived."""
-    header, family = job.plan.before, job.family
-    stock: Any = stock_config(stock_view(family, header.config)[0]).get_text_config(decoder=True)
-    derived = per_layer.lists(stock.to_dict(), family.sizes(header).layers)
-    missing = {
-        key: said
-        for key, said in derived.items()
-        if header.text_config.get(key) is None and any(each != said[0] for each in said)
-    }
-    return replace(header, config=family.with_units(header.config, missing))
+def _passed(stream: Stream, index: int, tensors: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """What layer `index` with these `tensors` makes of `hidden`."""
+    out = hidden.clone()
+    with stream.layer_from(index, tensors) as layer:
+        stream.advance(layer, out)
+    return out
 
 
 def _angular(shown: Shown, gone: int, anchor: int, progress: Progress) -> tuple[list[int], list[float]]:

@@ -41,6 +41,9 @@ def layers_left(
     if keep > len(layers):
         complain("keep_layers", f"{keep} layers cannot stay: the model has {len(layers)}")
         return None
+    if keep < len(layers) and family.fixed_depth is not None:
+        complain("keep_layers", f"layers of this {family.name} cannot go: {family.fixed_depth}")
+        return None
     if keep < (first := anchored(before.config)):
         complain("keep_layers", f"{keep} layers cannot stay: images enter the first {first}, which do not go")
         return None
