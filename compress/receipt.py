@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 DESCRIBED = ("recipe.yaml", "receipt.json", "measured.json", "README.md")  # beside the files whose digests it holds
-LIBRARIES = ("torch", "transformers", "safetensors", "bitsandbytes", "compressed-tensors", "tokenizers")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "bitsandbytes",
+    "compressed-tensors",
+    "tokenizers",
+    "torch-pruning",
+)
 # name of the gate -> (what it looks at, +1: must be at most, -1: must be at least)
 GATES = {
     "max_perplexity_ratio": ("perplexity_ratio", 1),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from compress.checkpoint.disk import disk_errors, sync
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.ledger import Ledger
 from compress.checkpoint.writer import CARRIED
-from compress.data import DataSpec, commits, pictures_of
+from compress.data import BUILTIN, DataSpec, builtin_parts, commits, pictures_of
 from compress.device import described, device_errors, device_of, precision_of
 from compress.errors import GateError, MachineError, UserError, size
 from compress.machine import Machine, Progress
@@ -256,8 +256,8 @@ def evaluation_key(plan: Plan, machine: Machine, stage: str) -> str:
 
 
 def data_key(spec: DataSpec) -> dict[str, Any]:
-    """A data source by its keys, the digests of the local files it names and of their images, and the commits of the
-    hub's datasets."""
+    """A data source by its keys, the digests of the local files it names, of their images and of the builtin text, of
+    which every version of Python has its own, and the commits of the hub's datasets."""
     sources = [spec.source] if isinstance(spec.source, str) else list(spec.source)
     files: dict[str, str] = {}
     for source in sources:
@@ -265,7 +265,21 @@ def data_key(spec: DataSpec) -> dict[str, Any]:
         inner = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
         files |= {str(file): digest(file) for file in inner}
     files |= {str(image.path): digest(image.path) for image in pictures_of(spec)}
-    return {"spec": spec.model_dump(mode="json"), "files": files, "commits": commits(spec)}
+    own = key_of({part: list(texts) for part, texts in builtin_parts().items()}) if BUILTIN in sources else None
+    return {
+        "spec": spec.model_dump(mode="json"),
+        "files": files,
+        "commits": commits(spec),
+        "builtin": own,
+        "libraries": {name: _found_version(name) for name in ("jinja2", "pillow")},  # chats and images, where installed
+    }
+
+
+def _found_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def surroundings(machine: Machine, seed: int) -> dict[str, Any]:

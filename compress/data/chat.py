@@ -118,7 +118,8 @@ def no_template(folder: Path, where: str) -> UserError:
 
 def render(found: Chat, tokenizer: Any, folder: Path) -> str:
     """The chat as its model sees it, whole, without a prompt for a next answer."""
-    return str(_applied(found, found.messages, tokenizer, folder))
+    whole = str(_applied(found, found.messages, tokenizer, folder))
+    return encoded(whole, "what the template makes of it", found.where)
 
 
 def answers(found: Chat, tokenizer: Any, folder: Path) -> list[tuple[int, int]]:

@@ -6,7 +6,8 @@ A plan opens headers only and needs neither torch nor transformers; pixels go th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,8 +85,9 @@ class Processor:
 
     def grid_of(self, image: Picture) -> Grid:
         """The patches of an image, from its header."""
+        size = _size(image)
         try:
-            return self.grid(*_size(image))
+            return self.grid(*size)
         except UserError as error:
             raise UserError(f"{image.where}: {image.path.name}: {error.message}", error.hint) from None
 
@@ -98,13 +100,23 @@ class Processor:
         import transformers
         from transformers.image_utils import load_image
 
-        made: Any = getattr(transformers, self.kind).from_pretrained(self.folder)
+        with self._refused():
+            made: Any = getattr(transformers, self.kind).from_pretrained(self.folder)
         read = []
         for image in images:
             with _opened(image) as found:
                 read.append(load_image(found))
-        out = made(images=read, return_tensors="np")
-        return out["pixel_values"], out["image_grid_thw"]
+        with self._refused():
+            out = made(images=read, return_tensors="np")
+            return out["pixel_values"], out["image_grid_thw"]
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a stock class makes of keys that it does not check
+            said = " ".join(str(error).split())[:160]
+            raise UserError(f"{self.folder / CONFIG}: the stock processor fails with it: {said}") from error
 
 
 def processor_of(folder: Path) -> Processor:
@@ -117,6 +129,8 @@ def processor_of(folder: Path) -> Processor:
     found = read_json(folder / CONFIG)
     size = found.get("size")
     size = size if isinstance(size, Mapping) else {}
+    if found.get("do_resize", True) is not True:
+        raise UserError(f"{folder / CONFIG}: do_resize must be true: images of other sizes make no whole patches")
     return Processor(
         folder,
         PROCESSORS[kind],
@@ -143,12 +157,15 @@ def _size(image: Picture) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _opened(image: Picture) -> Any:
+@contextmanager
+def _opened(image: Picture) -> Iterator[Any]:
+    """The image, as pillow reads it; while open, what it cannot read of it is a UserError."""
     try:
         from PIL import Image
     except ImportError:
         raise UserError("images need pillow", hint="pip install 'autoglm-compress[images]'") from None
     try:
-        return Image.open(image.path)
+        with Image.open(image.path) as found:
+            yield found
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{image.where}: {image.path.name} is no image that can be read ({error!s:.100})") from None

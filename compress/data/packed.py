@@ -7,14 +7,14 @@ next window, and what remains of a window is padding, which weighs nothing and w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.headers import read_json
 from compress.data.chat import Chat, Document
 from compress.data.images import Picture, processor_of
-from compress.data.kinds import IMAGE, PADDING, TEXT, characters, of_tokens
+from compress.data.kinds import IMAGE, PADDING, PROMPT, TEXT, characters, of_tokens
 from compress.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The tokens of one document."""
+    """The tokens of one document; `after`: the kind of what divides it from a next one."""
 
     ids: npt.NDArray[np.int64]
     kinds: npt.NDArray[np.int8]
     images: tuple[Picture, ...]
+    after: int
 
 
 def pack(
@@ -67,14 +68,14 @@ def pack(
     ids = np.full((len(rows), length), end, dtype=np.int64)
     told = np.full((len(rows), length), PADDING, dtype=np.int8)
     for row, pieces in enumerate(rows):
-        at = 0
+        at, after = 0, TEXT
         for piece in pieces:
             if at:
-                told[row, at] = told[row, at - 1]  # the token between two documents is of the kind of what it follows
+                told[row, at] = after  # what stands between two documents belongs to the first, and is no answer
                 at += 1
             ids[row, at : at + len(piece.ids)] = piece.ids
             told[row, at : at + len(piece.ids)] = piece.kinds
-            at += len(piece.ids)
+            at, after = at + len(piece.ids), piece.after
     images = [tuple(image for piece in pieces for image in piece.images) for pieces in rows]
     return Packed(ids, told, images, int((told != PADDING).sum()))
 
@@ -89,19 +90,27 @@ def _piece(document: Document, text: str, tokenizer: Any, folder: Path, kinds: b
     told = np.full(len(ids), TEXT, dtype=np.int8)
     if kinds:
         told = of_tokens(characters([document], [text], "", tokenizer, folder), found["offset_mapping"])
-    if not isinstance(document, Chat) or not document.images:
-        return _Piece(ids, told, ())
-    processor, mark = processor_of(folder), read_json(folder / "config.json").get("image_token_id")
-    places = ids == mark
-    if int(places.sum()) != len(document.images):
-        raise UserError(
-            f"{document.where}: {len(document.images)} images, and the chat template writes {int(places.sum())} image "
-            f"tokens (image_token_id {mark} of config.json)"
-        )
+    is_chat = isinstance(document, Chat)
+    images = document.images if isinstance(document, Chat) else ()
+    after, places = PROMPT if kinds and is_chat else TEXT, marks(ids, folder)
+    if int(places.sum()) != len(images):
+        where = document.where if isinstance(document, Chat) else f"the text {text[:40]!r}"
+        raise UserError(f"{where}: {len(images)} images, and {int(places.sum())} image tokens in its text")
+    if not images:
+        return _Piece(ids, told, (), after)
+    processor = processor_of(folder)
     counts = np.ones(len(ids), dtype=np.int64)
-    counts[places] = [processor.tokens(processor.grid_of(image)) for image in document.images]
+    counts[places] = [processor.tokens(processor.grid_of(image)) for image in images]
     told[places] = IMAGE
-    return _Piece(np.repeat(ids, counts), np.repeat(told, counts), document.images)
+    return _Piece(np.repeat(ids, counts), np.repeat(told, counts), images, after)
+
+
+def marks(ids: npt.NDArray[np.int64], folder: Path) -> npt.NDArray[np.bool_]:
+    """Which of the ids stand for an image, by the config.json in `folder`."""
+    import numpy as np
+
+    mark = read_json(folder / "config.json").get("image_token_id")
+    return np.zeros(ids.shape, dtype=np.bool_) if mark is None else ids == mark
 
 
 def _cut(piece: _Piece, length: int, document: Document) -> _Piece:
@@ -116,4 +125,4 @@ def _cut(piece: _Piece, length: int, document: Document) -> _Piece:
             f"{document.where}: {shown[-1] + 1} tokens up to the end of its last image, and a window is {length}",
             hint="a larger length, or smaller images",
         )
-    return _Piece(piece.ids[:length], piece.kinds[:length], piece.images)
+    return replace(piece, ids=piece.ids[:length], kinds=piece.kinds[:length])

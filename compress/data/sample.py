@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,26 +65,46 @@ def sample(
     (of images, or above the tokenizer's) are never drawn. What was drawn once from the same files is read again from
     the cache. Raises UserError for weights that do not load or give NaN.
     """
-    kept = cache_folder() / "sampled" / f"{_key(folder, samples, length, seed)}.npy"
+    begun = _begun(folder, tokenizer)
+    kept = cache_folder() / "sampled" / f"{_key(folder, begun, samples, length, seed)}.npy"
     found = _kept(kept, (samples, length))
     if found is None:
-        found = _drawn(folder, tokenizer, samples, length, seed, progress)
+        found = _drawn(folder, begun, samples, length, seed, progress)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
             _keep(kept, found)
     return found
 
 
-def _key(folder: Path, samples: int, length: int, seed: int) -> str:
-    """Of all that the ids depend on: model and tokenizer by their bytes, what is asked for, and what computes it."""
+@dataclass(frozen=True)
+class _Begun:
+    """What the tokenizer has to say: the ids that stand `before` every text, the `words` one of which begins a window,
+    and the ids that are `never` drawn; int64, one axis each."""
+
+    before: npt.NDArray[np.int64]
+    words: npt.NDArray[np.int64]
+    never: npt.NDArray[np.int64]
+
+
+def _begun(folder: Path, tokenizer: Any) -> _Begun:
+    import numpy as np
+
+    before = np.asarray(tokenizer("")["input_ids"], dtype=np.int64)
+    words = _words(tokenizer, _vocabulary(read_json(folder / "config.json")) or len(tokenizer))
+    return _Begun(before, words, np.asarray(_never(folder, tokenizer), dtype=np.int64))
+
+
+def _key(folder: Path, begun: _Begun, samples: int, length: int, seed: int) -> str:
+    """Of all that the ids depend on: the model by its bytes, what the tokenizer says (which need not be the one in its
+    folder), what is asked for, and what computes it."""
     import torch
     import transformers
 
-    patterns = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model", "added_tokens.json")
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    files = sorted({path for pattern in ("config.json", "*.safetensors") for path in folder.glob(pattern)})
+    said = [hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() for ids in (begun.before, begun.words, begun.never)]
     asked = [samples, length, seed, SAMPLER, TEMPERATURE, TOP_P, BATCH]
     computed = [torch.get_num_threads(), torch.__version__, transformers.__version__, cpu_precision().reason]
-    said = json.dumps([[(file.name, digest(file)) for file in files], asked, computed])
-    return hashlib.sha256(said.encode()).hexdigest()
+    key = json.dumps([[(file.name, digest(file)) for file in files], said, asked, computed])
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _kept(file: Path, shape: tuple[int, int]) -> npt.NDArray[np.int64] | None:
@@ -106,32 +127,29 @@ def _keep(file: Path, ids: npt.NDArray[np.int64]) -> None:
 
 
 def _drawn(
-    folder: Path, tokenizer: Any, samples: int, length: int, seed: int, progress: Progress
+    folder: Path, begun: _Begun, samples: int, length: int, seed: int, progress: Progress
 ) -> npt.NDArray[np.int64]:
     import numpy as np
     import torch
     import transformers.utils.logging
 
-    words = _words(tokenizer, _vocabulary(read_json(folder / "config.json")) or len(tokenizer))
     draw = np.random.Generator(np.random.PCG64(seed))
-    first = draw.choice(words, size=samples, replace=samples > len(words))
-    before = np.asarray(tokenizer("")["input_ids"], dtype=np.int64)
-    prompts = np.concatenate([np.tile(before, (samples, 1)), first[:, None]], axis=1)
+    first = draw.choice(begun.words, size=samples, replace=samples > len(begun.words))
+    prompts = np.concatenate([np.tile(begun.before, (samples, 1)), first[:, None]], axis=1)
     found = []
     with quiet(transformers.utils.logging), torch.random.fork_rng(devices=[]):
         model = _load(folder, length)
-        never = _never(folder, tokenizer)
         label = "sampling text from the model, tokens a window"
         with progress.task(label, -(-samples // BATCH) * (length - 1)) as task:
             for start in range(0, samples, BATCH):
                 torch.manual_seed(int(draw.integers(2**63)))
-                nucleus = _Nucleus(never, folder, task.advance)
+                nucleus = _Nucleus(begun.never, folder, task.advance)
                 ids = torch.from_numpy(prompts[start : start + BATCH])
                 made = model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[nucleus])
                 found.append(made.numpy())
         del model
     return_freed_memory()
-    return np.concatenate(found)[:, len(before) :]
+    return np.concatenate(found)[:, len(begun.before) :]
 
 
 def _words(tokenizer: Any, vocabulary: int) -> npt.NDArray[np.int64]:
@@ -168,10 +186,10 @@ class _Nucleus:
     stays is distributed as in the nucleus. A pass over the vocabulary tells; sorting it costs more than the model.
     """
 
-    def __init__(self, never: Sequence[int], folder: Path, advance: Callable[[], None]) -> None:
+    def __init__(self, never: npt.NDArray[np.int64], folder: Path, advance: Callable[[], None]) -> None:
         import torch
 
-        self._never, self._folder, self._advance = torch.tensor(never, dtype=torch.int64), folder, advance
+        self._never, self._folder, self._advance = torch.from_numpy(never), folder, advance
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B, vocab] that are 0 at one token a row and -inf at all others."""

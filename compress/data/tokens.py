@@ -16,7 +16,7 @@ from compress.checkpoint.headers import read_json
 from compress.data.chat import Chat, Document, render
 from compress.data.images import Picture
 from compress.data.kinds import TEXT, characters, check_offsets, count_of, of_tokens
-from compress.data.packed import pack
+from compress.data.packed import marks, pack
 from compress.data.sample import TEMPERATURE, TOP_P, sample
 from compress.data.sources import check_self, hub_limit, no_images, read
 from compress.data.spec import SELF, DataSpec, Part, counts
@@ -84,6 +84,9 @@ def windows(
     found = [maker.windows(source, count) for source, count in counts(spec).items()]
     if len(found) == 1:
         return found[0]
+    for source, tokens in zip(counts(spec), found, strict=True):
+        if any(other.images for other in found) and not tokens.images and bool(marks(tokens.ids, folder).any()):
+            raise UserError(f"{source}: a text holds the token that stands for an image, and shows none")
     ids = np.concatenate([tokens.ids for tokens in found])
     order = np.arange(len(ids))
     if part != "evaluation":

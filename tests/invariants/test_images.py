@@ -194,6 +194,7 @@ def told(folder: Path, image: Any, text: str = "x" * 300) -> Path:
         ("text.png", "text.png is no image that can be read"),
         (5, "an image must be {type: image, image: its path}"),
         ("long.png", "pixels, and 200 times as long as wide is the most"),
+        ("exif.png", "exif.png is no image that can be read (not a TIFF file"),
     ],
 )
 def test_images_that_cannot_be_read_are_refused_before_a_run(
@@ -207,8 +208,9 @@ def test_images_that_cannot_be_read_are_refused_before_a_run(
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "text.png").write_text("no picture")
     Image.new("RGB", (9000, 30)).save(folder / "long.png")
+    Image.new("RGB", (60, 30)).save(folder / "exif.png", exif=b"Exif\0\0garbage!")
     found = refusal(model, data(told(folder, image), samples=1))
-    assert said in found and "line 1, message 1" in found
+    assert said in found and found.count("line 1, message 1") == 1
 
 
 def test_what_does_not_take_images_says_so(model: Path, chats: Path, tmp_path: Path) -> None:
@@ -222,6 +224,67 @@ def test_what_does_not_take_images_says_so(model: Path, chats: Path, tmp_path: P
     bare = shutil.copytree(model, tmp_path / "bare")
     (bare / "preprocessor_config.json").unlink()
     assert "no preprocessor_config.json" in refusal(bare, data(chats))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"do_resize": False}, "do_resize must be true"),
+        ({"size": {"height": 28, "width": 28}}, "the stock processor fails with it: "),
+        ({"image_mean": [0.5]}, "the stock processor fails with it: "),
+        ({"resample": 99}, "the stock processor fails with it: "),
+    ],
+)
+def test_what_the_stock_processor_fails_with_is_one_line(
+    changes: dict[str, Any], said: str, model: Path, chats: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    config = other / "preprocessor_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(UserError) as caught:
+        prune(other, tmp_path / "out", data(chats), ffn=0.3, force=True)
+    assert said in caught.value.message and "preprocessor_config.json: " in caught.value.message
+    assert "\n" not in caught.value.message and not (tmp_path / "out").exists()
+
+
+def test_an_image_that_ends_too_soon_is_named(model: Path, chats: Path, tmp_path: Path) -> None:
+    shutil.copytree(chats.parent / "shots", tmp_path / "shots")
+    shot = tmp_path / "shots" / "0.png"
+    shot.write_bytes(shot.read_bytes()[:-400])
+    with pytest.raises(UserError, match=r"line 1, message 1: 0\.png is no image that can be read \(.*truncated"):
+        prune(model, tmp_path / "out", data(told(tmp_path, "shots/0.png", "short"), samples=1), ffn=0.3, force=True)
+
+
+@pytest.mark.parametrize("where", ["a chat", "a text beside it", "another source"])
+def test_the_mark_of_an_image_in_a_text_that_shows_none_is_refused(
+    where: str, model: Path, chats: Path, tmp_path: Path
+) -> None:
+    """It would be taken for one of the next window's, or have no image left."""
+    told(chats.parent, "shots/0.png", "short")
+    path, text = chats.parent / "told.jsonl", "what does <|image|> mean? " * 8
+    alone = {"messages": [{"role": "user", "content": text}]}
+    more: dict[str, Any] = {"a chat": alone, "a text beside it": {"text": text}}
+    source: Any = path
+    if where in more:
+        path.write_text(path.read_text() + json.dumps(more[where]) + "\n")
+    else:
+        (tmp_path / "marked.txt").write_text(text * 8)
+        source = {str(path): 1, str(tmp_path / "marked.txt"): 1}
+    with pytest.raises(UserError, match=r"image tokens in its text|a text holds the token that stands for an image"):
+        prune(model, tmp_path / "out", data(source, samples=2, length=256), ffn=0.3, force=True)
+
+
+def test_tokens_without_a_share_do_not_count_as_tokens_a_column(model: Path, tmp_path: Path) -> None:
+    """4 windows of 128 tokens of which the answers alone weigh: fewer than the 128 columns."""
+    (model / "chat_template.jinja").write_text(sight.TEMPLATE)
+    chat = {"messages": [{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "yes, that is so"}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 8)
+    spec, shares = data(tmp_path / "chats.jsonl", samples=4, length=128), {"prompt": 0.0, "answer": 1.0}
+    with pytest.raises(
+        UserError, match=r"\d\d calibration tokens that weigh something for a Gram matrix of 128 columns"
+    ):
+        prune(model, tmp_path / "out", spec, ffn=0.3, token_shares=shares)
+    prune(model, tmp_path / "out", spec, ffn=0.3, token_shares={"prompt": 1e-320, "answer": 1e-321}, force=True)
 
 
 def test_padding_does_not_count_as_tokens_a_column(model: Path, chats: Path, tmp_path: Path) -> None:

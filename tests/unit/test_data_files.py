@@ -206,6 +206,16 @@ def test_a_template_that_refuses_names_the_line(talker: Path, tmp_path: Path) ->
         windows(spec(path), "training", made, 0)
 
 
+def test_a_key_that_only_the_template_reads_names_its_line(tmp_path: Path) -> None:
+    made = tiny.llama(tmp_path / "named")
+    (made / "chat_template.jinja").write_text("{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}")
+    broken = [{"role": "user", "content": "hello", "name": "\ud83d"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in (CHATS[0], broken)))
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: what the template makes of it holds half of a surrogate"):
+        windows(spec(path), "training", made, 0)
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [

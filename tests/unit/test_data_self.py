@@ -125,6 +125,22 @@ def test_another_model_may_write_for_the_tokenizer_of_this_one(llama: Path, tmp_
     assert sampled(llama, model=other).digest == sampled(other).digest != sampled(llama).digest
 
 
+def test_what_was_drawn_for_one_tokenizer_is_not_read_for_another(llama: Path, tmp_path: Path) -> None:
+    """A teacher writes for the student's tokenizer: what it wrote for its own begins with other words."""
+    other = tiny.llama(tmp_path / "other", seed=1)
+    core = json.loads((other / "tokenizer.json").read_text())
+    core["model"]["vocab"] = {word: (id + 7) % 256 for word, id in core["model"]["vocab"].items()}
+    (other / "tokenizer.json").write_text(json.dumps(core))
+    fresh = sampled(llama, model=other).ids
+    own = sampled(other).ids
+    assert not np.array_equal(own, fresh)
+    np.testing.assert_array_equal(sampled(llama, model=other).ids, fresh)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("AUTOGLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+        np.testing.assert_array_equal(sampled(other).ids, own)
+        np.testing.assert_array_equal(sampled(llama, model=other).ids, fresh)
+
+
 def test_what_was_drawn_is_read_again(llama: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = sampled(llama).ids
     (kept,) = (own_cache / "sampled").iterdir()

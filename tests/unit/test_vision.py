@@ -109,6 +109,21 @@ def test_every_window_is_whole_documents_and_padding(chats: Path, tmp_path: Path
     assert tokens.record["kinds"].keys() == {"padding", "image", "prompt", "answer"}
 
 
+def test_what_divides_two_conversations_is_no_answer(chats: Path, tmp_path: Path) -> None:
+    model = sight.can_see(tiny.glm4v(tmp_path / "model"))
+    spec = DataSpec(source=str(chats), samples=2, length=256)
+    tokens = windows(spec, "calibration", model, 0, images=True, kinds=True)
+    assert tokens.kinds is not None
+    told = [[TOKEN_KINDS[kind] for kind in kinds] for kinds in tokens.kinds]
+    twice = [  # the mark of an answer's end, and what divides two conversations
+        kinds[at : at + 2]
+        for row, kinds in zip(tokens.ids.tolist(), told, strict=True)
+        for at in range(len(row) - 1)
+        if row[at : at + 2] == [257, 257] and kinds[at + 1] != "padding"
+    ]
+    assert twice and all(kinds == ["answer", "prompt"] for kinds in twice)
+
+
 def test_grids_are_those_of_the_stock_processor(tmp_path: Path) -> None:
     """The plan counts without transformers; so its numbers must be the processor's."""
     from transformers import Glm4vImageProcessorPil

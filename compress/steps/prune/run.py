@@ -62,7 +62,7 @@ def run(job: Job) -> Outcome:
     ids = torch.from_numpy(tokens.ids)
     check_held_out(options, len(ids))
     if columns := widest(plan, job.family):
-        said = check_tokens(tokens, data.samples is not None, columns, options.force)
+        said = check_tokens(tokens, data.samples is not None, columns, options)
         if said is not None:
             job.progress.note(said)
     sight, tensors = sight_of(tokens), (job.pack or job.plan).after.tensors.values()

@@ -32,7 +32,8 @@ class TokenWeights:
         self._norm = options.token_weights == "norm"
         self._kinds = None if kinds is None else torch.from_numpy(kinds)
         told = options.token_shares or {}
-        self._shares = {TOKEN_KINDS.index(name): share for name, share in told.items()}
+        largest = max(told.values(), default=0.0) or 1.0
+        self._shares = {TOKEN_KINDS.index(name): share / largest for name, share in told.items()}
         for kind, share in self._shares.items():
             if share and (self._kinds is None or not bool((self._kinds == kind).any())):
                 raise UserError(f"token_shares: no token of the calibration windows is of the kind {TOKEN_KINDS[kind]}")
@@ -65,15 +66,18 @@ def _inverse_square(hidden: torch.Tensor) -> torch.Tensor:
     return found.clamp_min(FLOOR * float(found.median())).clamp_min(1e-30).reciprocal()
 
 
-def check_tokens(tokens: Tokens, planned: bool, columns: int, force: bool) -> str | None:
+def check_tokens(tokens: Tokens, planned: bool, columns: int, options: PruneOptions) -> str | None:
     """How many tokens there are for each of the `columns` of the widest Gram matrix, in words, where a plan has not
-    counted them, as it does whole windows of a given number (`planned`): all of a text, or padding among them.
-    UserError where they are fewer than columns, unless `force`."""
-    padding = 0 if tokens.kinds is None else int((tokens.kinds == PADDING).sum())
-    if planned and not padding:
+    counted them, as it does whole windows of a given number (`planned`): all of a text, or such as weigh nothing.
+    UserError where they are fewer than columns, unless forced."""
+    shares = options.token_shares or {}
+    silent = [PADDING, *(TOKEN_KINDS.index(name) for name, share in shares.items() if not share)]
+    left_out = 0 if tokens.kinds is None else int(np.isin(tokens.kinds, silent).sum())
+    if planned and not left_out:
         return None
-    count, besides = int(tokens.ids.size) - padding, " besides padding" if padding else ""
-    if not force and (few := few_tokens(count, columns, besides)) is not None:
+    besides = "" if not left_out else " besides padding" if len(silent) == 1 else " that weigh something"
+    count = int(tokens.ids.size) - left_out
+    if not options.force and (few := few_tokens(count, columns, besides)) is not None:
         raise few
     poor = f" (under {ENOUGH}: the refit will be poor; give more text)" if count < ENOUGH * columns else ""
     return f"{count} tokens{besides}, {count / columns:.1f} per column{poor}"
