@@ -86,9 +86,8 @@ class Curves:
 
     @property
     def tokens_per_column(self) -> float:
-        """Calibration tokens for every column of the widest Gram matrix; not a number where the folder does not say."""
-        groups = self.about.get("groups", {}).values()
-        return min((float(group.get("tokens_per_column", math.nan)) for group in groups), default=math.nan)
+        """Calibration tokens for every column of the widest Gram matrix."""
+        return min(float(group["tokens_per_column"]) for group in self.about["groups"].values())
 
 
 def read_curves(folder: Path) -> Curves:
@@ -134,6 +133,7 @@ def _groups(path: Path, about: Mapping[str, Any]) -> dict[str, Units]:
     model, groups, layers = about.get("model"), about.get("groups"), about.get("layers")
     fine = (
         isinstance(about.get("criterion"), str)
+        and _positive(about.get("damping"))
         and isinstance(about.get("tensors_sha256"), str)
         and isinstance(model, dict)
         and isinstance(model.get("digest"), str)
@@ -147,7 +147,7 @@ def _groups(path: Path, about: Mapping[str, Any]) -> dict[str, Units]:
         and all(isinstance(layer, dict) and _names(layer.get("groups"), groups) for layer in layers)
     )
     if not fine or not isinstance(groups, dict) or not isinstance(layers, list):
-        raise UserError(f"{path}: not what sensitivity writes (model, criterion, calibration, groups, layers)")
+        raise UserError(f"{path}: not what sensitivity writes (model, criterion, damping, calibration, groups, layers)")
     found: dict[str, Units] = {}
     for name, group in groups.items():
         units, balance = (each(group[key], len(layers)) for key in ("units", "balance"))
@@ -173,7 +173,12 @@ def each(value: Any, layers: int) -> tuple[int, ...] | None:
 def _sized(group: Mapping[str, Any], layers: int) -> bool:
     units, balance = each(group.get("units"), layers), each(group.get("balance"), layers)
     fine = units and balance and all(not one % block for one, block in zip(units, balance, strict=True))
-    return bool(fine) and type(group.get("width")) is int and group["width"] > 0
+    counted = type(group.get("width")) is int and group["width"] > 0
+    return bool(fine) and counted and _positive(group.get("tokens_per_column"))
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _names(entry: Any, groups: Mapping[str, Any]) -> bool:

@@ -104,6 +104,7 @@ def test_a_cut_beyond_the_curves_is_told(keep: int, beyond: bool, source: Path, 
         ({"refit": False}, "refit: false"),
         ({"damping": 0.5}, "damping: 0.5"),
         ({"joint_refit": 2, "held_out": 0.25}, "held_out: 0.25 and joint_refit: 2"),
+        ({"token_weights": "norm"}, "token_weights: norm"),
     ],
 )
 def test_what_a_prediction_does_not_know_is_told(

@@ -229,7 +229,10 @@ def test_dropped_heads_are_those_that_cost_least_together(tmp_path: Path) -> Non
     [
         ({"keep_kv_heads": 3}, "3 of 4 KV heads cannot stay; aligned joins as many into each; fewer that can: 1, 2"),
         ({"keep_kv_heads": 5, "kv_merge": "drop"}, "5 of 4 KV heads cannot stay; fewer that can: 1, 2, 3"),
-        ({"keep_kv_heads": 2, "kv_merge": "drop", "keep_heads": 6}, "6 heads cannot stay: the model has 4"),
+        (
+            {"keep_kv_heads": 2, "kv_merge": "drop", "keep_heads": 6},
+            "6 heads cannot stay: the KV heads that stay have 4",
+        ),
         ({"keep_kv_heads": 2, "keep_heads": 6}, "6 heads cannot stay: the model has 8"),
         ({"keep_kv_heads": 2, "protect": ["layers.0.mlp"]}, "not where layers differ in width"),
         ({"keep_kv_heads": 2, "ratio": 0.01}, "the KV heads alone remove 0.0667"),

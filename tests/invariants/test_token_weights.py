@@ -113,8 +113,8 @@ def refusal(model: Path, source: str, **options: Any) -> str:
 
 
 def alone(model: Path, **options: Any) -> str:
-    """What is said where whole layers go and nothing else."""
-    recipe = Recipe.single("prune", str(model), PruneOptions(keep_layers=2, **options))
+    """What is said where whole layers go, or what else is named, and nothing besides."""
+    recipe = Recipe.single("prune", str(model), PruneOptions(**{"keep_layers": 2} | options))
     with pytest.raises(UserError) as caught:
         make_plan(recipe, Machine(1), where=None)
     return caught.value.message
@@ -124,7 +124,9 @@ def test_kinds_that_do_not_occur_or_are_not_named_are_refused(model: Path, chats
     assert "have no answer tokens, but text" in refusal(model, "builtin", token_shares={"text": 1, "answer": 1})
     assert "have prompt tokens, whose share is not told" in refusal(model, str(chats), token_shares={"answer": 1})
     said = refusal(model, "builtin", token_weights="norm", criterion="random", refit=False)
-    assert said.startswith("--token-weights: weighs nothing")
+    assert said.startswith("--token-weights: weighs nothing: random without refit")
+    said = alone(model, keep_layers=None, keep_kv_heads=1, kv_merge="mean", refit=False, token_weights="norm")
+    assert said.startswith("--token-weights: weighs nothing: kv_merge: mean without refit")
     assert alone(model, token_weights="norm").startswith("--token-weights: weighs nothing: no units go")
     assert alone(model, token_shares={"text": 1}).startswith("--token-shares: weighs nothing: no units go")
 

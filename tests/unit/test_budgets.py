@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+import compress
 from compress.arch import family_of
+from compress.machine import Machine
 from compress.steps.prune.plan import PrunePlan
-from tests import sparse
+from tests import sparse, tiny
 from tests.unit.test_plan import matrices, planned, refusal
 
 
@@ -94,7 +97,28 @@ def test_what_makes_no_layer_differ_stays_stock(tmp_path: Path) -> None:
         ("pin: layers.5.mlp", "allowed: a map of patterns to widths"),
         ("protect: [layers.5.mlp]", "nothing to prune"),
         ("ratio: 0.6, protect: ['layers.0-20.*']", "0.6 cannot be reached: all that is not fixed makes"),
+        ("ratio: 0.05, heads: 0.34, protect: [layers.5.mlp]", "ratio: the heads alone remove 0.06"),
+        ("ratio: 0.05, pin: {'layers.*.mlp': 800}", "ratio: the pinned widths alone remove 0.3"),
     ],
 )
 def test_what_cannot_be_is_refused(options: str, said: str, tmp_path: Path) -> None:
     assert any(said in line for line in refusal(sparse.llama(tmp_path / "model"), f"prune: {{{options}}}"))
+
+
+@pytest.mark.parametrize("above", [0.9, 0.05])
+def test_the_bound_that_a_refusal_names_can_be_asked_for(above: float, tmp_path: Path) -> None:
+    model, given = sparse.llama(tmp_path / "model"), "protect: ['layers.0-20.*'], heads: 0.34"
+    (said,) = refusal(model, f"prune: {{{given}, ratio: {0.5 if above == 0.9 else 0.01}}}")
+    bound = re.search(r"(?:makes|alone remove) (0\.\d{4})", said)
+    assert bound is not None
+    assert planned(model, f"prune: {{{given}, ratio: {bound[1]}}}")
+
+
+def test_a_share_that_narrow_layers_keep_out_of_reach_is_refused(tmp_path: Path) -> None:
+    """What one multiple leaves of narrow layers counts: all of them at one multiple make less than was asked."""
+    narrow = tmp_path / "narrow"
+    data = {"source": "builtin", "samples": 8, "length": 64}
+    pins = {"layers.1-2.mlp": 12}
+    compress.prune(tiny.llama(tmp_path / "model"), narrow, pin=pins, data=data, machine=Machine(1), refit=False)
+    (said,) = refusal(narrow, "prune: {ratio: 0.5}")
+    assert "0.5 cannot be reached: 8 of 96 FFN neurons, the fewest, make it 0." in said

@@ -38,9 +38,11 @@ def write(folder: Path, layers: int = 2, groups: dict[str, tuple[int, int, int]]
         "format": 1,
         "model": {"digest": "0" * 64, "name": "model"},
         "criterion": "obs",
+        "damping": 0.01,
         "calibration": {"source": {"self": 0.5, "text.txt": 0.5}, "tokens": 64},
         "groups": {
-            name: dict(zip(("units", "balance", "width"), sizes, strict=True)) for name, sizes in groups.items()
+            name: {**dict(zip(("units", "balance", "width"), sizes, strict=True)), "tokens_per_column": 4.0}
+            for name, sizes in groups.items()
         },
         "layers": [{"groups": {name: {} for name in groups}} for _ in range(layers)],
     }
@@ -109,6 +111,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no JSON": (lambda f: (f / DOCUMENT).write_text("{"), "not readable as JSON"),
     "another format": (said("format", 2), "format 2; this version reads format 1"),
     "no criterion": (said("criterion", 3), "not what sensitivity writes"),
+    "no damping": (said("damping", None), "not what sensitivity writes"),
+    "no tokens a column": (
+        said("groups", {name: {"units": 4, "balance": 2, "width": 1} for name in UNITS}),
+        "not what sensitivity writes",
+    ),
     "no name of the model": (said("model", {"digest": "0" * 64}), "not what sensitivity writes"),
     "no count of tokens": (said("calibration", {"source": "self"}), "not what sensitivity writes"),
     "a share without a number": (

@@ -22,7 +22,7 @@ DATA = DataSpec(source="builtin", samples=64, length=512)
 
 
 def planned(model: Path, **options: object) -> PrunePlan:
-    recipe = Recipe.single("prune", str(model), PruneOptions(ffn=0.2, force=True, **options), data=DATA)
+    recipe = Recipe.single("prune", str(model), PruneOptions(**{"ffn": 0.2, "force": True} | options), data=DATA)
     (step,) = make_plan(recipe, Machine(1), check_machine=False).steps
     assert isinstance(step, PrunePlan)
     return step
@@ -57,12 +57,16 @@ def test_what_needs_the_whole_model_counts_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whole", [{"keep_layers": 2}, {"keep_kv_heads": 1}], ids=str)
 def test_what_is_not_ranked_takes_no_backward_pass(whole: dict[str, object], tmp_path: Path) -> None:
-    options = PruneOptions(criterion="taylor", held_out=0.5 if "keep_kv_heads" in whole else None, **whole)
-    recipe = Recipe.single("prune", str(tiny.llama(tmp_path / "model")), options, data=DATA)
-    (step,) = make_plan(recipe, Machine(1), check_machine=False).steps
+    step = planned(tiny.llama(tmp_path / "model"), criterion="taylor", ffn=None, **whole)
     assert not any("backward" in note for note in step.notes)
-    said = "held_out: not for o_proj of merged KV heads, whose damping is as given"
-    assert (said in step.notes) == ("keep_kv_heads" in whole)
+
+
+def test_held_out_windows_do_not_choose_the_damping_of_merged_heads(tmp_path: Path) -> None:
+    model = tiny.llama(tmp_path / "model")
+    with pytest.raises(UserError, match="held_out: not for o_proj of merged KV heads, which is all that is refitted"):
+        planned(model, held_out=0.5, ffn=None, keep_kv_heads=1)
+    step = planned(model, held_out=0.5, keep_kv_heads=1)
+    assert "held_out: not for o_proj of merged KV heads, whose damping is as given" in step.notes
 
 
 def test_what_a_joint_refit_keeps_of_the_inside_is_counted(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def _wrong(
     options: PruneOptions, decoder: Decoder, curves: Curves | None, given: list[str]
 ) -> tuple[str, str | None] | None:
     """Why layers cannot be given widths of their own, and what helps."""
+    if decoder.gone or decoder.kv:
+        return "per-layer does not go with keep_layers or keep_kv_heads: all layers are alike there", None
     if curves is None:
         if decoder.fixed:
             return None  # what protect and pin say is all that differs
@@ -67,8 +69,8 @@ def _wrong(
             "per-layer needs measured cost curves",
             "autoglm-compress sensitivity MODEL -o DIR measures them; then from_sensitivity: DIR",
         )
-    if decoder.gone or decoder.kv:
-        return "per-layer does not go with keep_layers or keep_kv_heads: all layers are alike there", None
+    if options.heads is not None and options.keep_heads is not None:
+        return "'keep_heads' (what stays) and 'heads' (share removed) exclude each other", None
     widths = [key for key in ("ffn", "keep_ffn") if getattr(options, key) is not None]
     if len(given) == 1 and not widths:
         return None
@@ -83,17 +85,20 @@ def _pair(
     all pairs that stay within it, once one of them is near it."""
     sizes, near = decoder.most_heads, False
     counts = [n for n in range(sizes.heads, 0, -sizes.kv_heads) if n >= (1 - MOST) * sizes.heads and loadable(n)]
+    if not decoder.free("heads"):
+        counts = counts[:1]
     found: list[tuple[float, int, Chosen]] = []
+    # of pairs whose widths were rounded up, one would be best for removing less: the next narrower width stands for it
+    least = (1 - WITHIN) * (options.ratio or 0) * decoder.matrix_parameters
     for heads in counts:
         chosen = follow(options, decoder, _so_many(heads), _silent, within=1.0)
+        if chosen is not None and decoder.removed(chosen[0]) < least:
+            chosen = follow(options, decoder, _so_many(heads), _silent, narrower=1)
         if chosen is not None and uncovered(chosen[0], decoder, curves.curves) is None:
             found.append((predicted_loss(curves, decoder.layers, chosen[0]), heads, chosen))
             near = near or follow(options, decoder, _so_many(heads), _silent) is not None
     if not near:
         return _beyond(options, decoder, counts, complain)
-    if options.ratio is not None:  # of pairs whose widths were rounded up, one would be best for removing less
-        least = (1 - WITHIN) * options.ratio * decoder.matrix_parameters
-        found = [pair for pair in found if decoder.removed(pair[2][0]) >= least] or found
     loss, heads, (keeps, notes) = min(found, key=lambda pair: pair[0])
     others = [f"{count} heads {cost:.4f}" for cost, count, _ in found if count != heads]
     told = f" ({', '.join(others)})" if others else ""
@@ -140,16 +145,22 @@ def _per_layer(
     may = choices(decoder, curves.curves, free, counts)
     size, limit, told = _budget(options, decoder, key)
     if size(base) <= limit:
+        if decoder.beside:
+            return base, (f"{key} {told(limit)}: {told(size(base))} reached by the cut of the vision tower alone",)
         by_hand = (
             f"{told(limit)}: what is given by hand alone makes it {told(size(base))}, and nothing is left to choose"
         )
         nothing = f"{told(limit)} removes nothing: the model stays within it as it is ({told(size(base))})"
         complain(key, by_hand if decoder.removed(base) else nothing)
         return None
-    each = max(1, decoder.measure(base)[1] // decoder.measure(base)[0]) if key == "bytes" else 1
+    fewest = smallest(base, may)
+    less = [whole - left for whole, left in zip(decoder.measure(base), decoder.measure(fewest), strict=True)]
+    each = max(1, less[1] // less[0]) if key == "bytes" and less[0] else 1  # of what may go: dtypes may be mixed
     keeps = allocate(decoder, base, may, lambda found: -(-(size(found) - limit) // each))
+    if keeps is None and size(fewest) <= limit:  # biases and file headers make up for what the matrices lack
+        keeps = fewest
     if keeps is None:
-        least = told(size(smallest(base, may)))
+        least = told(size(fewest))
         complain(
             key,
             f"{told(limit)} cannot be reached: at most {MOST:.0%} of a layer's units go, and no more than was "

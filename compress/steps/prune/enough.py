@@ -54,4 +54,6 @@ def held_notes(options: PruneOptions, losing: Collection[str], tower: bool, comp
         complain("held_out", "chooses the damping of refits, which refit: false leaves out")
     elif not (losing or tower):
         complain("held_out", "chooses the damping of refits, and no units go: there are none")
+    elif merged and set(losing) == {KV_HEADS} and not tower:
+        complain("held_out", "not for o_proj of merged KV heads, which is all that is refitted here")
     return ["held_out: not for o_proj of merged KV heads, whose damping is as given"] if merged else []

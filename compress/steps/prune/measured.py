@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.checkpoint.digests import model_digest
 from compress.checkpoint.headers import Header
+from compress.criteria import CRITERIA
 from compress.curves import Curves, read_curves
 from compress.errors import MachineError, UserError
 from compress.limits import ENOUGH
@@ -24,11 +25,13 @@ from compress.steps.types import Complain
 KEY = "from_sensitivity"
 
 
-def measured(before: Header, layers: Sequence[Layer], options: PruneOptions, complain: Complain) -> Curves | None:
+def measured(
+    before: Header, layers: Sequence[Layer], going: bool, options: PruneOptions, complain: Complain
+) -> Curves | None:
     """The folder that `from_sensitivity` names; None after a complaint: the folder cannot be read, is of another model,
-    lacks a group, or was ranked by another criterion than the step asks for."""
+    lacks a group, or was ranked by another criterion than the step asks for. `going`: whether layers or KV heads go."""
     assert options.from_sensitivity is not None
-    for key in WHOLE:
+    for key in WHOLE if going else ():
         if getattr(options, key) is not None:
             complain(KEY, f"not with '{key}': the folder ranks units of whole layers, and predicts no such cut")
             return None
@@ -43,7 +46,8 @@ def measured(before: Header, layers: Sequence[Layer], options: PruneOptions, com
         complain(KEY, problem.message, problem.hint)
         return None
     wrong = None if same else "is of another model (the digests of config.json and weights differ)"
-    wrong = wrong or _lacking(found, layers)
+    known = None if found.criterion in CRITERIA else f"is ranked by {found.criterion}, which this version does not know"
+    wrong = wrong or known or _lacking(found, layers)
     if "criterion" in options.model_fields_set and options.criterion != found.criterion:
         complain(
             "criterion",
@@ -75,12 +79,15 @@ def measured_notes(found: Curves, decoder: Decoder, keep: Keeps, options: PruneO
     if (few := found.tokens_per_column) < ENOUGH:
         poor = f"; measured on {few:.1f} calibration tokens per column, under {ENOUGH}: it means little"
     told = f"{loss:.4f} nats a token (perplexity {times:.4g} times the dense one){least}{poor}"
+    if not decoder.removed(keep):
+        return [f"{found.folder} predicts nothing: no units of the decoder go"]
     damping = float(found.about["damping"])
     given = other_refit(options, damping)
     plain = f"; that is with a plain refit at damping {damping:g}, not with {' and '.join(given)}" if given else ""
+    tower = "; what the cut of the vision tower adds is not in it" if decoder.beside else ""
     return [
         f"units are ranked by {found.criterion}, as {found.folder} has them",
-        f"predicted rise of the loss: {told}{plain}",
+        f"predicted rise of the loss: {told}{plain}{tower}",
     ]
 
 
@@ -91,6 +98,8 @@ def other_refit(options: PruneOptions, damping: float) -> list[str]:
         "damping": None if options.damping == damping or not options.refit else f"{options.damping:g}",
         "held_out": None if options.held_out is None else f"{options.held_out:g}",
         "joint_refit": options.joint_refit or None,
+        "token_weights": None if options.token_weights == "none" else options.token_weights,
+        "token_shares": options.token_shares,
     }
     return [f"{key}: {value}" for key, value in other.items() if value is not None]
 

@@ -19,7 +19,7 @@ from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, ENOUGH, JOINT_BYTES, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead, ahead
 from compress.steps.prune.budgets import fixed_by_hand
-from compress.steps.prune.choose import choose
+from compress.steps.prune.choose import BUDGETS, choose
 from compress.steps.prune.enough import few_tokens, held_notes, windows_back
 from compress.steps.prune.measured import KEY, measured, measured_notes, predicted_loss
 from compress.steps.prune.options import PER_LAYER, PruneOptions
@@ -80,7 +80,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
 
     curves = None
     if options.from_sensitivity is not None:
-        curves = measured(before, layers, options, complain)
+        curves = measured(before, layers, len(layers) < len(whole) or bool(kv), options, complain)
         if curves is None:
             return None
     ranked = options.criterion if curves is None else curves.criterion
@@ -150,7 +150,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             *first.notes,
             *_refit_note(options, decoder, keep, context, complain),
             *held_notes(options, losing, tower.ffn < tower.whole.ffn, complain),
-            *weight_notes(options, context.data["calibration"], bool(losing or kv), complain),
+            *weight_notes(options, context.data["calibration"], bool(losing - {KV_HEADS}), bool(kv), complain),
             *([] if curves is None else measured_notes(curves, decoder, keep, options)),
         ),
         made_with={} if curves is None else {KEY: curves.digest},
@@ -211,12 +211,8 @@ def _label(
             continue
         rewrite, why = family.label(before.config, sizes, options.flavour)
         if rewrite is None:
-            given = [
-                key
-                for key in ("heads", "keep_heads", "keep_kv_heads", "kv_cache_bytes")
-                if getattr(options, key) is not None
-            ]
-            key = given[0] if given else "keep_heads"
+            keys = ("heads", "keep_heads", "keep_kv_heads", "kv_cache_bytes", "pin", *BUDGETS)
+            key = next((key for key in keys if getattr(options, key) is not None), "keep_heads")
             complain("flavour" if any(r.flavour for r in family.rewrites) else key, why)
             return None
         if rewrite is not SAME:
@@ -327,9 +323,10 @@ def _refit_note(
         layer.sizes.ffn for layer, each in zip(decoder.layers, keep, strict=True) if each["ffn"] < own(layer, "ffn")
     ]
     heads = any(each["heads"] < own(layer, "heads") for layer, each in zip(decoder.layers, keep, strict=True))
-    if not (refitted or heads or decoder.kv):
+    merged = bool(decoder.kv) and options.refit
+    if not (refitted or heads or merged):
         return []
-    read = decoder.most_heads.heads * decoder.most_heads.head_dim if heads or decoder.kv else 0  # by o_proj
+    read = decoder.most_heads.heads * decoder.most_heads.head_dim if heads or merged else 0  # by o_proj
     widest = max([*refitted, read])
     if not options.refit and (options.from_sensitivity is not None or "gram" not in CRITERIA[options.criterion].needs):
         return []
@@ -342,6 +339,7 @@ def _refit_note(
     tokens = data.samples * data.length
     if not options.force and (few := few_tokens(tokens, widest)) is not None:
         complain("", few.message, few.hint)
-    note = f"refit: {tokens / widest:.1f} calibration tokens per column"
-    note += f" (under {ENOUGH}: the refit will be poor; give more samples)" if tokens < ENOUGH * widest else ""
+    what = "refit" if options.refit else "ranking"
+    note = f"{what}: {tokens / widest:.1f} calibration tokens per column"
+    note += f" (under {ENOUGH}: the {what} will be poor; give more samples)" if tokens < ENOUGH * widest else ""
     return [note, *([DOCUMENTATION] if data.source == BUILTIN else [])]

@@ -5,6 +5,7 @@ Layers may differ, in the source and by what is fixed by hand; every other layer
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -151,27 +152,33 @@ def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tupl
 
 
 def follow(
-    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], complain: Complain, within: float = WITHIN
+    options: PruneOptions,
+    decoder: Decoder,
+    heads: Callable[[Layer], int],
+    complain: Complain,
+    within: float = WITHIN,
+    narrower: int = 0,
 ) -> tuple[Keeps, tuple[str, ...]] | None:
     """What stays when every layer keeps the heads that the rule `heads` says, and how the FFN width was chosen; a size
-    given as a target is met by what is at most the share `within` below it."""
+    given as a target is met by what is at most the share `within` below it, a share by the nearest width or by one
+    that is so many multiples `narrower`."""
     if options.params is not None or options.bytes is not None:
         return _to_target(options, decoder, heads, complain, within)
-    ffn = _ffn(options, decoder, heads, complain)
+    ffn = _ffn(options, decoder, heads, complain, narrower)
     if ffn is None:
         return None
     keeps = decoder.keeps(heads, ffn)
-    return keeps, _width_notes(options, decoder, keeps)
+    return keeps, _width_notes(options, decoder, keeps, "a multiple" if narrower else "the nearest multiple")
 
 
-def _width_notes(options: PruneOptions, decoder: Decoder, keeps: Keeps) -> tuple[str, ...]:
+def _width_notes(options: PruneOptions, decoder: Decoder, keeps: Keeps, which: str) -> tuple[str, ...]:
     free = [i for i in range(len(keeps)) if (i, "ffn") not in decoder.fixed]
     cut = [keeps[i]["ffn"] for i in free if keeps[i]["ffn"] != own(decoder.layers[i], "ffn")]
     if options.keep_ffn is not None or not cut:
         return ()
     hidden = decoder.sizes.hidden
     widths = f"width {cut[0]}" if len(set(cut)) == 1 else f"widths {min(cut)} to {max(cut)}"
-    return (f"FFN {widths}: the nearest multiple of {width_multiple(hidden)}, because hidden size is {hidden}",)
+    return (f"FFN {widths}: {which} of {width_multiple(hidden)}, because hidden size is {hidden}",)
 
 
 def _clash(given: list[str]) -> tuple[str, str] | None:
@@ -194,10 +201,11 @@ def heads_rule(options: PruneOptions, decoder: Decoder, refuse: Complain) -> Cal
     sizes = _with_kv_heads(options, decoder)
     if options.keep_heads is not None:
         stay = options.keep_heads
+        whose = "the model has" if sizes is decoder.most_heads else "the KV heads that stay have"
         if stay > sizes.heads or stay % sizes.kv_heads:
             refuse(
                 "keep_heads",
-                f"{stay} heads cannot stay: the model has {sizes.heads}, and every one of "
+                f"{stay} heads cannot stay: {whose} {sizes.heads}, and every one of "
                 f"{sizes.kv_heads} KV heads keeps equally many (a multiple of {sizes.kv_heads}, at most {sizes.heads})",
             )
             return None
@@ -229,9 +237,10 @@ def _with_kv_heads(options: PruneOptions, decoder: Decoder) -> Sizes:
 
 
 def _ffn(
-    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], refuse: Complain
+    options: PruneOptions, decoder: Decoder, heads: Callable[[Layer], int], refuse: Complain, narrower: int
 ) -> Callable[[Layer], int] | None:
-    """The width that keep_ffn, ffn or ratio give a layer; the full one when none of them is given."""
+    """The width that keep_ffn, ffn or ratio give a layer, `narrower` multiples less; the full one when none of them is
+    given."""
     sizes = decoder.sizes
     if options.keep_ffn is not None:
         stay = options.keep_ffn
@@ -249,22 +258,27 @@ def _ffn(
     else:
         return whole_ffn
     multiple = width_multiple(sizes.hidden)
-    width = round((1 - share) * sizes.ffn / multiple) * multiple
+
+    def nearest(width: int) -> int:
+        return (round((1 - share) * width / multiple) - narrower) * multiple
+
+    width = nearest(sizes.ffn)
     if width >= sizes.ffn:
         keeps = decoder.keeps(heads, whole_ffn)
         if decoder.removed(keeps):
             return whole_ffn
         refuse(key, f"{given} removes nothing: FFN widths are multiples of {multiple} below {sizes.ffn}")
         return None
-    if width <= 0:
-        gone = decoder.removed(decoder.keeps(heads, lambda layer: multiple)) / decoder.matrix_parameters
+    gone = decoder.removed(decoder.keeps(heads, lambda layer: multiple)) / decoder.matrix_parameters
+    # in narrow layers one multiple stays, whatever their share
+    if width <= 0 or (options.ratio is not None and gone < (1 - WITHIN) * options.ratio):
         most = 1 - multiple / sizes.ffn if key == "ffn" else gone
         kept, of = (max(rule(layer) for layer in decoder.layers) for rule in (heads, whole_heads))
         with_them = f" and {kept} of {of} heads" if key == "ratio" and kept < of else ""
         fewest = f"{multiple} of {sizes.ffn} FFN neurons{with_them}, the fewest, make it {most:.4f}"
         refuse(key, f"{given} cannot be reached: {fewest}")
         return None
-    return lambda layer: max(multiple, round((1 - share) * layer.sizes.ffn / multiple) * multiple)
+    return lambda layer: max(multiple, nearest(layer.sizes.ffn))
 
 
 def _rest(ratio: float, decoder: Decoder, heads: Callable[[Layer], int], refuse: Complain) -> float | None:
@@ -273,13 +287,17 @@ def _rest(ratio: float, decoder: Decoder, heads: Callable[[Layer], int], refuse:
     rest = ratio * whole - gone
     if rest < 0:
         fewer = any(heads(layer) < own(layer, "heads") for layer in decoder.layers)
-        parts = {"layers": decoder.gone, "KV heads": decoder.kv, "heads": fewer, "pinned widths": decoder.fixed}
+        pinned = any(kept < own(decoder.layers[index], name) for (index, name), kept in decoder.fixed.items())
+        parts = {"layers": decoder.gone, "KV heads": decoder.kv, "heads": fewer, "pinned widths": pinned}
         what = f"{' and '.join(name for name, removes in parts.items() if removes)} alone remove"
-        refuse("ratio", f"the {what} {gone / whole:.4f}; ratio must be at least that, found {ratio}")
+        least = math.ceil(1e4 * gone / whole) / 1e4
+        refuse("ratio", f"the {what} {least:.4f}; ratio must be at least that, found {ratio}")
         return None
     free = sum(own(layer, "ffn") * layer.weight("ffn") for layer in decoder.free("ffn"))
-    if rest > free and decoder.fixed:
-        found = (gone + free) / whole
+    multiple = width_multiple(decoder.sizes.hidden)
+    fewest = decoder.removed(decoder.keeps(heads, lambda layer: multiple))
+    if decoder.fixed and ratio * whole > fewest:
+        found = math.floor(1e4 * fewest / whole) / 1e4
         refuse("ratio", f"{ratio} cannot be reached: all that is not fixed makes {found:.4f}")
         return None
     return rest / free if free else 0.0
