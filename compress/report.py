@@ -147,10 +147,17 @@ class Screen(AbstractContextManager["Screen"]):
         for line in () if self._quiet and not result else lines:
             plain(self._out, line)
 
-    def rows(self, found: Any, columns: Sequence[str], rows: Sequence[Sequence[str]], *lines: str) -> None:
-        """A table, and lines below it; `found`: the same as a JSON document."""
+    def rows(
+        self,
+        found: Any,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *lines: str,
+        failed: CompressError | None = None,
+    ) -> None:
+        """A table, and lines below it; `found`: the same as a JSON document. `failed`: what is raised behind it."""
         if self._json:
-            return self._document(found)
+            return self._document(found if failed is None or isinstance(found, Mapping) else {"rows": found}, failed)
         self._table(columns, rows)
         for line in lines:
             plain(self._out, line)

@@ -176,7 +176,7 @@ class PruneKeywords(StepKeywords, total=False):
 
     ratio: float | None
     """Share of the decoder layers' attention + FFN matrix parameters to remove; taken from the FFN alone, or with heads
-    the FFN takes the rest.
+    the FFN takes the rest; with from_sensitivity as its curves say.
     """
     ffn: float | None
     """Share of the FFN neurons to remove."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -78,10 +79,8 @@ def _budget(options: PruneOptions, overrides: list[str] | None, model: str | Non
 
 def _with_folder(file: str, options: PruneOptions, overrides: list[str]) -> Recipe:
     """The recipe in `file`, whose first prune step takes its ranking from --from-sensitivity, if that is given."""
-    plain = PruneOptions()
-    given = [key for key in PruneOptions.model_fields if getattr(options, key) != getattr(plain, key)]
     folder = options.from_sensitivity
-    other = [key for key in given if key != "from_sensitivity"]
+    other = [key for key in PruneOptions.model_fields if key in options.model_fields_set - {"from_sensitivity"}]
     if other:
         raise UserError(f"{flag(other[0])}: the recipe says it", hint=f"--set steps.0.{other[0]}=... changes it")
     read = load(Path(file), overrides)
@@ -90,4 +89,4 @@ def _with_folder(file: str, options: PruneOptions, overrides: list[str]) -> Reci
     index = next((number for number, entry in enumerate(read.steps) if entry.kind == "prune"), None)
     if index is None:
         raise UserError(f"--from-sensitivity: {file} has no prune step")
-    return load(Path(file), [*overrides, f"steps.{index}.from_sensitivity={folder}"])
+    return load(Path(file), [*overrides, f"steps.{index}.from_sensitivity={json.dumps(folder)}"])

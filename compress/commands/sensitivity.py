@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compress.checkpoint.disk import disk_errors
 from compress.commands.options import (
     DataFlags,
     MachineFlags,
@@ -17,7 +18,7 @@ from compress.commands.options import (
     flat,
     told_what_is_kept,
 )
-from compress.errors import UserError
+from compress.errors import MachineError, UserError
 from compress.limits import ENOUGH
 from compress.report import Screen
 from compress.steps.prune.measuring import SensitivityOptions
@@ -50,7 +51,8 @@ Compare = Annotated[
     typer.Option("--compare", metavar="A B", help="Compare the rankings of two folders.", show_default=False, **_READ),
 ]
 Cut = Annotated[
-    str, typer.Option("--cut", metavar="X", help="Share removed, at which --compare counts moved units.", **_READ)
+    str | None,
+    typer.Option("--cut", metavar="X", help="Share removed, at which --compare counts moved units; 0.25.", **_READ),
 ]
 
 
@@ -65,7 +67,7 @@ def sensitivity(
     output: Out = None,
     against: Against = None,
     compare: Compare = None,
-    cut: Cut = "0.25",
+    cut: Cut = None,
 ) -> None:
     """Measure what every head, KV group and neuron costs, and what cuts will do to the loss."""
     screen = show.screen()
@@ -75,8 +77,10 @@ def sensitivity(
         )
     if output is None and (unused := _measuring(options, data, place, machine)):
         raise UserError(f"{unused[0]}: says how a model is measured, and nothing is", hint="give MODEL -o OUT")
+    if compare is None and cut is not None:
+        raise UserError("--cut: says at which share --compare counts moved units, and nothing is compared")
     if compare is not None:
-        _compare(screen, *compare, cut)
+        _compare(screen, *compare, "0.25" if cut is None else cut)
     elif output is not None:
         assert model is not None
         limits = machine.machine()
@@ -131,9 +135,13 @@ def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pict
     few = found.measured.tokens_per_column if found.measured is not None else ENOUGH
     said = [f"predicted from {few:.1f} calibration tokens per column, under {ENOUGH}: it means little"] * (few < ENOUGH)
     plain = f"the prediction is of {found.criterion} and a plain refit at damping {found.about['damping']:g}"
+    failed = None
     if pictures:
-        drawn = found.save_predicted(rows, folder / "pictures")
-        said.append(f"picture: {drawn[0]}")
+        try:
+            with disk_errors(folder / "pictures"):
+                said.append(f"picture: {found.save_predicted(rows, folder / 'pictures')[0]}")
+        except MachineError as problem:  # the table is told all the same
+            failed = MachineError(problem.message, hint="--no-pictures leaves it at the table")
     screen.rows(
         [vars(row) for row in rows],
         ("result", "predicted", "measured", "KL"),
@@ -142,7 +150,10 @@ def _against(screen: Screen, found: Any, folder: Path, results: list[Path], pict
         *["at least: more went than was measured"] * any(row.at_least for row in rows),
         *(f"{row.name} was pruned with {row.otherwise}: {plain}" for row in rows if row.otherwise),
         *said,
+        failed=failed,
     )
+    if failed is not None:
+        raise failed
 
 
 def _compare(screen: Screen, first: Path, second: Path, cut: str) -> None:

@@ -89,7 +89,8 @@ class Sensitivity:
         """One row a unit: layer, unit, cost, rank, and `kept` of a prune step, `loss` of an analysis.
 
         `rank` is the place in the order in which units go, 0 first: every KV group loses equally many heads, so the
-        cheapest head of each goes before the second cheapest of any. `loss`: the predicted rise of the loss when that
+        cheapest head of each goes before the second cheapest of any (where `kv_merge: drop` takes whole groups, `kept`
+        alone says what went). `loss`: the predicted rise of the loss when that
         unit alone goes and the others are refitted, nats a token. Raises UserError for a group without scores.
         """
         _, balance = self._size(group)
@@ -142,7 +143,7 @@ class Sensitivity:
         `loss`: predicted rise of the loss when so many units of that layer alone have gone, in the order of
         `units(group).rank`, and the others are refitted, nats a token; `error`: the relative output error then.
         """
-        curves, units = self._measured().curves, self._size(group)[0]
+        curves, units = self.curves_measured().curves, self._size(group)[0]
         columns: list[list[npt.NDArray[Any]]] = []
         for layer in range(self.layer_count):
             one = curves[layer, group]
@@ -154,7 +155,7 @@ class Sensitivity:
     def kv_groups(self) -> pd.DataFrame:
         """One row a KV head of an analysis: layer, kv_head, cost (the sum of its query heads'), loss (predicted when
         all its query heads go, the others refitted, nats a token)."""
-        found, columns = self._measured(), []
+        found, columns = self.curves_measured(), []
         self._size("heads")
         for layer in range(self.layer_count):
             cost = found.cost[layer, "kv"]
@@ -165,12 +166,12 @@ class Sensitivity:
         """Predicted rise of the loss, nats a token, when every layer keeps so many units of each group named: a count,
         or one a layer. Losses of layers and groups are added, as if none saw the others' errors. Where more units go
         than a curve was measured for, its last value counts: see `ends_before`."""
-        curves = self._measured().curves
+        curves = self.curves_measured().curves
         return sum(curves[layer, group].at(gone) for layer, group, gone in self._going(keep))
 
     def ends_before(self, keep: Mapping[str, int | Sequence[int]]) -> bool:
         """Whether more units go somewhere than curves were measured for: `predicted` is then the least of it."""
-        curves = self._measured().curves
+        curves = self.curves_measured().curves
         return any(gone > curves[layer, group].removed[-1] for layer, group, gone in self._going(keep))
 
     def _going(self, keep: Mapping[str, int | Sequence[int]]) -> Iterator[tuple[int, str, int]]:
@@ -216,7 +217,7 @@ class Sensitivity:
 
     def plot_layers(self) -> Figure:
         """How much each layer does: its block influence, and the predicted loss without its attention or its FFN."""
-        self._measured()
+        self.curves_measured()
         return cast("Figure", _figure("layers", self))
 
     def plot_predicted(self, results: Sequence[str | Path]) -> Figure:
@@ -262,7 +263,8 @@ class Sensitivity:
         found = self.measured
         return found is None or any(len(found.curves[layer, group].removed) > 1 for layer in range(self.layer_count))
 
-    def _measured(self) -> Curves:
+    def curves_measured(self) -> Curves:
+        """The predicted losses of an analysis. Raises UserError for a prune step."""
         if self.measured is None:
             raise UserError(
                 f"{self.step}: the scores of a prune step predict no loss",
@@ -314,7 +316,9 @@ def load_sensitivity(folder: str | Path, step: str | None = None) -> Sensitivity
     files that are missing, damaged or contradict each other.
     """
     home = Path(folder).expanduser()
-    if step is None and (home / DOCUMENT).is_file():
+    if (home / DOCUMENT).is_file():
+        if step is not None:
+            raise UserError(f"{home}: an analysis, which has no steps, found step {step!r}")
         found = read_curves(home)
         return Sensitivity(home.name, found.about, found.cost, found.order, {}, found)
     name, about, scores = read_scores(home, step)

@@ -17,6 +17,7 @@ from compress.steps.prune.measured import other_refit
 from compress.steps.prune.options import PruneOptions
 
 if TYPE_CHECKING:
+    from compress.curves import Curves
     from compress.sensitivity import Sensitivity
 
 UNSEEN = {"layers": "whole layers", "kv_heads": "KV heads", "vision": "the vision tower"}  # as a receipt tells them
@@ -46,6 +47,7 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
     Raises UserError where `result` has no receipt, starts from another model, lost more than the units that were
     measured (UNSEEN), or was not measured before and after its prune step, which must be the first step.
     """
+    measured = found.curves_measured()
     path = result / "receipt.json"
     receipt = read_json(path)
     try:
@@ -53,6 +55,7 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
         first, stages = receipt["steps"][0], {stage["stage"]: stage for stage in receipt["stages"]}
         keep = first.get("keep")
         before, after = stages.get("dense"), stages.get(first["step"])
+        losses = None if before is None or after is None else (before["perplexity"], after["perplexity"], after["kl"])
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(f"{path}: not a receipt of a run with steps") from None
     if not isinstance(keep, dict):
@@ -61,24 +64,32 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
         raise UserError(f"{path}: its prune step cut {' and '.join(unseen)} too, which {found.step} does not predict")
     if not isinstance(files, dict) or digest_of(files) != found.about.get("model", {}).get("digest"):
         raise UserError(f"{path}: made from another model than {found.step} measured")
-    if before is None or after is None:
+    if losses is None:
         raise UserError(
             f"{path}: not measured before and after its prune step",
             hint=f"autoglm-compress run {result / 'recipe.yaml'} --set evaluate=each -o OUT measures it",
         )
-    if None in (before["perplexity"], after["perplexity"], after["kl"]):
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in losses) or min(losses[:2]) <= 0:
         raise UserError(f"{path}: it measured no finite loss; nothing can be compared with the prediction")
-    rise = math.log(after["perplexity"]) - math.log(before["perplexity"])
+    rise = math.log(losses[1]) - math.log(losses[0])
     ends = found.ends_before(keep)
-    return Outcome(result.name, found.predicted(keep), rise, after["kl"], ends, _otherwise(found, receipt))
+    return Outcome(result.name, found.predicted(keep), rise, losses[2], ends, _otherwise(measured, receipt))
 
 
-def _otherwise(found: Sensitivity, receipt: Mapping[str, Any]) -> str:
+def _otherwise(measured: Curves, receipt: Mapping[str, Any]) -> str:
     """What the curves do not know: another ranking, another refit or none."""
     try:
+        step = receipt["steps"][0]
         options = PruneOptions.model_validate(receipt["recipe"]["steps"][0]["options"])
+        folder = step["sensitivity"] if options.from_sensitivity is not None else None
+        if folder is not None:
+            same, by = (
+                folder["digest"] == measured.digest,
+                f"from_sensitivity: another folder, by {folder['criterion']}",
+            )
+        else:
+            same, by = options.criterion == measured.criterion, f"criterion: {options.criterion}"
     except (KeyError, IndexError, TypeError, ValidationError):
         return ""  # another version's options: what they did is not known here
-    ranked = options.from_sensitivity is not None or options.criterion == found.criterion
-    other = other_refit(options, float(found.about["damping"]))
-    return " and ".join([*([] if ranked else [f"criterion: {options.criterion}"]), *other])
+    other = other_refit(options, float(measured.about["damping"]))
+    return " and ".join([*([] if same else [by]), *other])

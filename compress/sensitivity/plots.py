@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from compress.checkpoint.per_layer import span
 from compress.data.spec import HUB
@@ -59,16 +60,17 @@ def heads(found: Sensitivity) -> Figure:
     norm = _log_norm(cells) if found.measured else Normalize(0, float(np.nanmax(cells)) or 1)
     image = axes.imshow(cells, cmap=CMAP.with_extremes(bad="0.85"), aspect="auto", norm=norm, interpolation="nearest")
     blocks = {found.balance("heads", layer) for layer in range(layers)}
-    for edge in range(found.balance("heads"), units, found.balance("heads")) if len(blocks) == 1 else ():
+    edges = range(found.balance("heads"), units, found.balance("heads")) if len(blocks) == 1 else range(0)
+    for edge in edges:
         axes.axhline(edge - 0.5, color="white", linewidth=2.5)  # between KV groups
+    marks = ["white lines: between KV groups"] if len(edges) else []
     _whole_ticks(axes.xaxis, layers)
     _whole_ticks(axes.yaxis, units)
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("query head")
     if found.measured:
-        axes.set_title(
-            "Predicted rise of the loss without each query head\nwhite lines: between KV groups", fontsize=10
-        )
+        marks += ["grey: heads that a layer does not have"] if np.isnan(cells).any() else []
+        _titled(figure, axes, "Predicted rise of the loss without each query head", marks)
         bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, extend="min")
         bar.set_label("nats a token")
         _measured_on(figure, found)
@@ -79,13 +81,9 @@ def heads(found: Sensitivity) -> Figure:
     axes.plot(gone.layer, gone.unit, "x", color="white", markersize=size, markeredgewidth=1.4, path_effects=[stroke])
     whole = found.layer_count - frame.layer.nunique()
     of = f"{len(gone)} of {len(frame)} heads went" + (f" in {frame.layer.nunique()} layers" if whole else "")
-    grey = f"; grey: {whole} that kept all" if whole else ""
-    axes.set_title(
-        f"{found.criterion} cost of the query heads, normalised in each layer\n"
-        f"crosses: {of}{grey}; white lines: between KV groups",
-        fontsize=10,
-    )
-    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.01, aspect=12)
+    marks = [f"crosses: {of}", *([f"grey: {whole} that kept all"] if whole else []), *marks]
+    _titled(figure, axes, f"{found.criterion} cost of the query heads, normalised in each layer", marks)
+    bar = figure.colorbar(image, ax=axes, format=_percent(), pad=0.01, aspect=12)
     bar.set_label("share of the\nlayer's summed cost")
     return figure
 
@@ -110,7 +108,7 @@ def losses(found: Sensitivity, group: str) -> Figure:
     if len(positive):
         axes.set_yscale("log")
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(_percent())
     axes.set_xlabel(f"share of the layer's {NAMES.get(group, group)} removed, in the order of the ranking")
     axes.set_ylabel("predicted rise of the loss (nats a token)")
     axes.set_title(
@@ -155,9 +153,16 @@ def predicted(outcomes: Sequence[Outcome]) -> Figure:
     edge = 0.08 * (max(values) - min(values)) or 1.0
     ends = (min(values) - (edge if min(values) < 0 else 0), max(values) + 2 * edge)
     axes.plot(ends, ends, color="0.6", linewidth=1, linestyle="--", label="measured as predicted")
-    axes.plot(*zip(*points, strict=True), "o", color=COLORS["after"], markersize=6)
-    for one, at in zip(outcomes, points, strict=True):
-        axes.annotate(one.name, at, xytext=(7, -10), textcoords="offset points", fontsize=8)
+    blue = COLORS["after"]
+    looks = {None: ("o", blue), "predicted: at least": (">", "white"), "pruned in another way": ("D", "white")}
+    for label, (mark, face) in looks.items():
+        mine = [at for one, at in zip(outcomes, points, strict=True) if _caveat(one) == label]
+        if mine:
+            axes.plot(*zip(*mine, strict=True), mark, color=blue, markerfacecolor=face, markersize=6, label=label)
+    for index, (one, at) in enumerate(zip(outcomes, points, strict=True)):
+        left = at[0] > sum(ends) / 2  # to where there is more room
+        place, side = (-8 if left else 8, -10 if index % 2 else 4), "right" if left else "left"
+        axes.annotate(_shortened(one.name), at, xytext=place, textcoords="offset points", fontsize=8, ha=side)
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
     axes.set_aspect("equal")
@@ -167,6 +172,15 @@ def predicted(outcomes: Sequence[Outcome]) -> Figure:
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     return figure
+
+
+def _caveat(one: Outcome) -> str | None:
+    """What keeps a prediction from being one of what was done."""
+    return "predicted: at least" if one.at_least else "pruned in another way" if one.otherwise else None
+
+
+def _shortened(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 :]}"
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -185,12 +199,13 @@ def curves(found: Sensitivity, group: str) -> Figure:
     norm = Normalize(0, max(1, found.layer_count - 1))
     figure = Picture(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
+    ends = found.layers().query("group == @group").set_index("layer")
     stops, middles = {}, {}
     for layer, part in frame.groupby("layer"):
         color = DEPTH(norm(layer))
         axes.plot(part.removed, part.cost.where(part.cost > 0), color=color, linewidth=0.9)
-        stop = part.iloc[part.gone.max() - len(found.keep[layer, group])]
-        axes.plot([stop.removed], [stop.cost], "o", color=color, markersize=3.5)
+        stop = ends.loc[layer]  # beside its line where whole KV groups went, in another order than the curve's
+        axes.plot([stop.removed], [stop.removed_cost], "o", color=color, markersize=3.5)
         stops[layer] = float(stop.removed)
         middles[layer] = float(part.cost.iloc[len(part) // 2])
     _name_outliers(axes, middles)
@@ -198,8 +213,8 @@ def curves(found: Sensitivity, group: str) -> Figure:
     axes.set_xlim(0, 1)
     early = frame[(frame.removed >= 0.01) & (frame.cost > 0)].cost
     axes.set_ylim(bottom=0.7 * early.min())  # the first few of thousands of neurons would take half the picture
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel(f"{NAMES.get(group, group)} removed, cheapest first (share of the layer's)")
+    axes.xaxis.set_major_formatter(_percent())
+    axes.set_xlabel(f"{NAMES.get(group, group)} removed, in the order of the ranking (share of the layer's)")
     axes.set_ylabel("cumulative cost (share of the layer's sum)")
     axes.set_title(f"{found.criterion} cost of removing {NAMES.get(group, group)}, one line a layer", fontsize=10)
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
@@ -236,13 +251,22 @@ def _measured_on(figure: Figure, found: Sensitivity) -> None:
     source = about["calibration"]["source"]
     shares = source.items() if isinstance(source, dict) else [(source, None)]
     texts = [_short(name) + ("" if share is None else f" {share:.0%}") for name, share in shares]
-    told = f"{Path(about['model']['name']).name}, {found.criterion}, {about['calibration']['tokens']:,} tokens of "
-    figure.supxlabel(told + " + ".join(texts), fontsize=7, color="0.45", x=0.995, ha="right")
+    name, _, commit = Path(about["model"]["name"]).name.partition("@")
+    name += f"@{commit[:8]}" if commit else ""
+    told = f"{name}, {found.criterion}, {about['calibration']['tokens']:,} tokens of " + " + ".join(texts)
+    room = int(19 * figure.get_size_inches()[0])  # characters of this size
+    figure.supxlabel("\n".join(wrap(told, room)), fontsize=7, color="0.45", x=0.995, ha="right")
 
 
 def _short(source: str) -> str:
     """A source of text without the folders that a file lies in."""
     return source if source.startswith(HUB) else Path(source).name
+
+
+def _titled(figure: Figure, axes: Axes, title: str, marks: Sequence[str]) -> None:
+    """A title, and below it what the marks in the picture mean, in lines that it has room for."""
+    room = int(13 * (figure.get_size_inches()[0] - 1.5))  # characters of this size an inch, beside scale and colour bar
+    axes.set_title("\n".join([*wrap(title, room), *wrap("; ".join(marks), room)]), fontsize=10)
 
 
 def _log_norm(cells: Any) -> LogNorm:
@@ -286,7 +310,7 @@ def _share_panel(axes: Axes, part: Any, group: str, layers: int) -> None:
         label="of the units",
         marker=".",
     )
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(_percent())
     axes.set_ylim(0, 1.45 * float(np.nanmax([part.removed.max(), part.removed_cost.max()])))
     sizes = f"{span(part.units.tolist())} -> {span(part.kept.tolist())}"
     where = "a layer" if len(part) == layers else f"in {len(part)} of {layers} layers"
@@ -312,6 +336,11 @@ def _error_panel(axes: Axes, part: Any, refit: bool) -> None:
     axes.grid(True, axis="y", color="0.9", linewidth=0.6)
     labels = ["without refit", "with refit, as written"] if refit else ["as written, no refit"]
     axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=2, frameon=False)
+
+
+def _percent() -> FuncFormatter:
+    """As many digits as a share needs: 2.5 % is neither 2 nor 3."""
+    return FuncFormatter(lambda share, at: f"{100 * share:g}%")
 
 
 def _whole_ticks(axis: Any, count: int) -> None:

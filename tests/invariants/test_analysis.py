@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from compress.cli import main
 from compress.curves import read_curves
 from compress.data import DataSpec, windows
 from compress.errors import UserError
-from compress.sensitivity import Sensitivity, load_sensitivity, measure, removal_order
+from compress.sensitivity import Sensitivity, load_sensitivity, measure, plots, removal_order
 from compress.sensitivity.compare import compare, spearman
 from compress.sensitivity.heat import WIDTH, heat_map
 from compress.sensitivity.outcome import Outcome
@@ -206,6 +207,8 @@ def test_predicted_beside_measured(
     compress.run(recipe, tmp_path / "by-chance", machine=ONE)
     told = "by-chance was pruned with criterion: random and refit: false: the prediction is of obs and a plain refit at"
     assert told in said_of(folder, tmp_path / "by-chance", capsys)
+    with pytest.raises(UserError, match="scores of a prune step predict no loss"):
+        load_sensitivity(tmp_path / "pruned").plot_predicted([tmp_path / "pruned"])
     few = {"samples": 2, "length": 64}
     compress.measure_sensitivity(source, tmp_path / "few", data=few, machine=ONE, pictures=False)
     for measured, told in ((folder, False), (tmp_path / "few", True)):
@@ -216,6 +219,79 @@ def test_predicted_beside_measured(
     mine = compress.measure_sensitivity(other, tmp_path / "mine", data=DATA, machine=ONE, pictures=False)
     with pytest.raises(UserError, match="made from another model"):
         mine.plot_predicted([tmp_path / "pruned"])
+
+
+def test_a_result_that_another_folder_ranked_says_so(
+    source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how: dict[str, Any] = {"data": DATA, "machine": ONE, "pictures": False}
+    compress.measure_sensitivity(source, tmp_path / "other", criterion="magnitude", **how)
+    recipe, told = tmp_path / "r.yaml", {}
+    for name, ranked in (("own", folder), ("others", tmp_path / "other")):
+        recipe.write_text(
+            f"model: {source}\nevaluate: last\ndata:\n  calibration: {{samples: 8, length: 64}}\n"
+            "  evaluation: {samples: 2, length: 64}\n"
+            f"steps:\n  - prune: {{keep_ffn: 80, from_sensitivity: {ranked}}}\n"
+        )
+        compress.run(recipe, tmp_path / name, machine=ONE)
+        told[name] = said_of(folder, tmp_path / name, capsys)
+    assert "was pruned with" not in told["own"]
+    assert "others was pruned with from_sensitivity: another folder, by magnitude: the prediction" in told["others"]
+    receipt = tmp_path / "own" / "receipt.json"
+    said = json.loads(receipt.read_text())
+    del said["stages"][0]["perplexity"]
+    receipt.write_text(json.dumps(said))
+    assert main(["sensitivity", str(folder), "--against", str(tmp_path / "own"), "--no-pictures"]) == 2
+    assert "receipt.json: not a receipt of a run with steps" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_table(
+    source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    shutil.rmtree(mine / "pictures", ignore_errors=True)
+    (mine / "pictures").write_text("in the way")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {source}\nevaluate: last\ndata:\n  calibration: {{samples: 8, length: 64}}\n"
+        "  evaluation: {samples: 2, length: 64}\nsteps:\n  - prune: {keep_ffn: 80, criterion: obs}\n"
+    )
+    compress.run(recipe, tmp_path / "pruned", machine=ONE)
+    line = ["sensitivity", str(mine), "--against", str(tmp_path / "pruned")]
+    assert main(line) == 4
+    said = capsys.readouterr()
+    assert "pruned" in said.out and "pictures: writing failed" in said.err and "--no-pictures" in said.err
+    assert main([*line, "--json"]) == 4
+    said_so = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in said_so["rows"]] == ["pruned"] and "writing failed" in said_so["error"]["message"]
+
+
+def test_points_that_are_no_plain_prediction_look_otherwise() -> None:
+    outcomes = [
+        Outcome("one", 0.2, 0.25, 0.1),
+        Outcome("a name that is longer than a picture is wide", 0.9, 0.8, 0.1, at_least=True),
+        Outcome("other", 0.3, 0.8, 0.1, otherwise="refit: false"),
+    ]
+    (axes,) = plots.predicted(outcomes).axes
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["measured as predicted", "predicted: at least", "pruned in another way"]
+    names = [text.get_text() for text in axes.texts]
+    assert names == ["one", "a name that is...icture is wide", "other"]
+    assert [text.get_horizontalalignment() for text in axes.texts] == ["left", "right", "left"]
+
+
+def test_titles_say_what_there_is_to_see(found: Sensitivity) -> None:
+    def title(mine: Sensitivity) -> str:
+        return " ".join(mine.plot_heads().axes[0].get_title().split("\n"))
+
+    assert title(found) == "Predicted rise of the loss without each query head white lines: between KV groups"
+    name = "hub:org/a-model-of-some-name@0123456789abcdef0123456789abcdef01234567"
+    about = {**found.about, "model": {**found.about["model"], "name": name}}
+    many = {"source": {f"/data/{'long' * 12}-{i}.txt": 0.25 for i in range(4)}, "tokens": 65536}
+    told = dataclasses.replace(found, about={**about, "calibration": many}).plot_layers().get_supxlabel()
+    assert told.startswith("a-model-of-some-name@01234567, obs, 65,536 tokens of") and "\n" in told
 
 
 def test_compare(source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,6 +400,7 @@ REFUSED = {
     "a model's folder without -o": (["MODEL"], "a model, not a folder of scores\nhint: give -o OUT to measure it"),
     "no model": (["MISSING/x/y", "-o", "B"], "MISSING/x/y"),
     "how, and nothing to measure": (["A", "--criterion", "obs"], "--criterion: says how a model is measured"),
+    "a share, and nothing to compare": (["A", "--cut", "0.3"], "--cut: says at which share --compare counts"),
     "a text, and nothing to measure": (["A", "--samples", "8"], "--samples: says how a model is measured"),
     "a bad cut": (["--compare", "A", "B", "--cut", "1.5"], "--cut: found '1.5', allowed: a number above 0 and below 1"),
     "a criterion nobody knows": (["A", "-o", "B", "--criterion", "wandas"], "unknown criterion 'wandas'; did you mean"),

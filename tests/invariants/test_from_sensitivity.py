@@ -188,6 +188,28 @@ def test_a_budget_is_planned_from_the_folder_alone(
     )
 
 
+@pytest.mark.parametrize("name", ["null", "20250101", "a: b", "s#x #y"])
+def test_a_folder_may_be_called_what_yaml_reads_otherwise(
+    name: str,
+    source: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, name)
+    Path("r.yaml").write_text(f"model: {source}\nevaluate: never\nsteps:\n  - prune: {{ratio: 0.2}}\n")
+    assert main(["plan", "r.yaml", "--json", "--no-machine", "--from-sensitivity", name]) == 0
+    (step,) = json.loads(capsys.readouterr().out)["steps"]
+    assert step["options"]["from_sensitivity"] == name and step["predicted_loss"] > 0
+
+
+def test_a_path_is_taken_as_a_path(source: Path, folder: Path) -> None:
+    named = PruneOptions(ratio=0.2, from_sensitivity=folder)  # type: ignore[arg-type]
+    assert named == PruneOptions(ratio=0.2, from_sensitivity=str(folder))
+
+
 def test_few_tokens_are_told_beside_the_prediction(source: Path, folder: Path, tmp_path: Path) -> None:
     few = {"samples": 2, "length": 64}
     compress.measure_sensitivity(source, tmp_path / "few", data=few, machine=ONE, pictures=False)
@@ -205,6 +227,7 @@ def test_few_tokens_are_told_beside_the_prediction(source: Path, folder: Path, t
         ([], "Missing argument 'RECIPE'"),
         (["--ratio", "0.2"], "Missing argument 'RECIPE'"),
         (["demo", "--ratio", "0.2"], "--ratio: the recipe says it"),
+        (["demo", "--criterion", "wanda"], "--criterion: the recipe says it"),
         (["demo", "--model", "x"], "--model: the recipe names the model"),
         (["--from-sensitivity", "NOWHERE", "--ratio", "0.2"], "NOWHERE: no such folder"),
         (["--from-sensitivity", "NOWHERE", "--set", "seed=1"], "--set changes a recipe, and none is given"),

@@ -105,7 +105,7 @@ def test_choices_are_planned_carried_out_and_drawn(tmp_path: Path, monkeypatch: 
     assert set(printed) == {"write-recipe", "plan-budgets", "plan-ways", "carry-out"}
     losses = [float(line.split()[-2]) for line in printed["plan-budgets"].splitlines()[1:]]
     assert len(losses) == 4 and 0 < losses[0] < losses[-1] and losses == sorted(losses)
-    assert printed["plan-ways"].count("nats a token") == 2 and printed["carry-out"].count("->") == 2
+    assert printed["plan-ways"].count("nats a token") == 3 and printed["carry-out"].count("->") == 2
 
 
 def test_it_runs_and_draws_on_heads_and_ffn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

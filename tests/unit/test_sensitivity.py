@@ -145,6 +145,25 @@ def test_the_pictures_show_the_frames(pruned: Path) -> None:
     assert [int(label) for label in heads.get_xticks()] == [0, 1, 2]
 
 
+def test_a_dot_stands_where_whole_groups_went(source: Path, tmp_path: Path) -> None:
+    """kv_merge: drop takes the cheapest KV groups, not equally many heads of each: the curve is of another order."""
+    out = tmp_path / "dropped"
+    compress.prune(source, out, keep_kv_heads=1, kv_merge="drop", data=DATA, machine=ONE)
+    found = load_sensitivity(out)
+    frame = found.layers().query("group == 'heads'")
+    dots = [line for line in found.plot_curves("heads").axes[0].lines if line.get_marker() == "o"]
+    assert [tuple(float(axis[0]) for axis in line.get_data()) for line in dots] == [
+        (row.removed, row.removed_cost) for row in frame.itertuples()
+    ]
+
+
+def test_shares_on_an_axis_are_not_rounded(source: Path, tmp_path: Path) -> None:
+    compress.prune(source, tmp_path / "few", keep_ffn=94, data=DATA, machine=ONE)
+    axes = load_sensitivity(tmp_path / "few").plot_cut().axes[0]
+    told = [axes.yaxis.get_major_formatter()(at) for at in axes.get_yticks()]
+    assert len(set(told)) == len(told) and "0.5%" in told
+
+
 def test_names_of_lines_that_run_beside_each_other_are_one() -> None:
     from matplotlib.figure import Figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -78,6 +79,11 @@ def _token_shares(found: Any) -> Any:
     return shares
 
 
+def _as_text(found: Any) -> Any:
+    """A path as recipes write it."""
+    return os.fspath(found) if isinstance(found, os.PathLike) else found
+
+
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 Patterns = Annotated[
     tuple[str, ...] | None,
@@ -134,7 +140,7 @@ class PruneOptions(StepOptions):
     ratio: Share | None = Field(
         None,
         description="Share of the decoder layers' attention + FFN matrix parameters to remove; taken from the FFN "
-        "alone, or with heads the FFN takes the rest.",
+        "alone, or with heads the FFN takes the rest; with from_sensitivity as its curves say.",
     )
     ffn: Share | None = Field(None, description="Share of the FFN neurons to remove.")
     heads: Share | None = Field(
@@ -207,7 +213,7 @@ class PruneOptions(StepOptions):
     criterion: Annotated[str, *one_of("criterion", CRITERIA)] = Field(
         "wanda", description=f"How units are ranked: {', '.join(CRITERIA)}."
     )
-    from_sensitivity: Annotated[str, Field(min_length=1)] | None = Field(
+    from_sensitivity: Annotated[str, Field(min_length=1), BeforeValidator(_as_text)] | None = Field(
         None,
         description="Folder of the sensitivity command, of this very model: units are ranked as there, and only what "
         "the refit needs is gathered again.",
