@@ -288,7 +288,8 @@ def _memory(
     widest = max(sizes.ffn, sizes.heads * sizes.head_dim)
     # with windows held out every reader has a second Gram matrix
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2) * (1 if options.held_out is None else 2)
-    solver = 3 * widest**2 * (8 if widest <= DOUBLE_UP_TO else 4) + 4 * sizes.hidden * widest * 4
+    # of an elimination the inverse and two copies; the weights, and what the others have taken over, twice each
+    solver = (3 * widest**2 + 4 * sizes.hidden * widest) * (8 if widest <= DOUBLE_UP_TO else 4)
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
     merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
