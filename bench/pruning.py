@@ -56,7 +56,6 @@ PER_LAYER: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-joint-per-layer": ("wanda", {"joint_refit": 2}),
     "obs-per-layer": ("obs", {}),
     "obs-joint-per-layer": ("obs", {"joint_refit": 2}),
-    "obs-joint4-per-layer": ("obs", {"joint_refit": 4}),
 }
 # the default with one thing changed
 CHANGED: dict[str, dict[str, Any]] = {
