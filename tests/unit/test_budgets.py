@@ -114,6 +114,14 @@ def test_the_bound_that_a_refusal_names_can_be_asked_for(above: float, tmp_path:
     assert planned(model, f"prune: {{{given}, ratio: {bound[1]}}}")
 
 
+def test_layers_that_what_is_fixed_leaves_little_of_are_told(tmp_path: Path) -> None:
+    model = sparse.llama(tmp_path / "model")
+    said = "what is fixed by hand leaves 168 of 1,536 FFN neurons to layer 21: expect a poor result"
+    for ratio, told in ((0.2, True), (0.15, False)):
+        step = pruned(model, f"ratio: {ratio}, protect: ['layers.0-20.*']")
+        assert (said in step.notes) == told and any("poor" in note for note in step.notes) == told, step.notes
+
+
 def test_a_share_that_narrow_layers_keep_out_of_reach_is_refused(tmp_path: Path) -> None:
     """What one multiple leaves of narrow layers counts: all of them at one multiple make less than was asked."""
     narrow = tmp_path / "narrow"

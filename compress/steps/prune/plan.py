@@ -18,6 +18,7 @@ from compress.errors import UserError
 from compress.formats import PLAIN, is_quantized
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, ENOUGH, JOINT_BYTES, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead, ahead
+from compress.steps.prune.allocate import MOST
 from compress.steps.prune.budgets import fixed_by_hand
 from compress.steps.prune.choose import BUDGETS, choose
 from compress.steps.prune.enough import few_tokens, held_notes, windows_back
@@ -143,6 +144,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
             told if not whole_model else NOTHING_BY_HAND if by_hand.units else NOTHING,
             *by_hand.notes,
             *chosen,
+            *_thin(decoder, keep),
             *left.notes,
             *tower.notes,
             *_label_notes(family, after, why),
@@ -160,6 +162,19 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         predicted_loss=loss,
         tower=tower,
     )
+
+
+def _thin(decoder: Decoder, keep: Keeps) -> list[str]:
+    """Where what is fixed by hand leaves so little of another layer that no allocation would cut it as far."""
+    widths = [
+        (each["ffn"] / own(layer, "ffn"), index)
+        for index, (layer, each) in enumerate(zip(decoder.layers, keep, strict=True))
+        if (index, "ffn") not in decoder.fixed
+    ]
+    if not (decoder.fixed and widths) or (least := min(widths))[0] >= 1 - MOST:
+        return []
+    left, whole = keep[least[1]]["ffn"], own(decoder.layers[least[1]], "ffn")
+    return [f"what is fixed by hand leaves {left:,} of {whole:,} FFN neurons to layer {least[1]}: expect a poor result"]
 
 
 def _no_joint(options: PruneOptions, family: Family, losing: Collection[str]) -> str | None:
