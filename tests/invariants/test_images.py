@@ -78,7 +78,7 @@ def test_statistics_are_of_what_the_stock_model_sees(model: Path, chats: Path, t
     "options",
     [
         {"keep_ffn": 96, "keep_heads": 6},
-        {"keep_kv_heads": 1, "held_out": 0.4, "token_weights": "norm"},
+        {"keep_kv_heads": 1, "keep_ffn": 96, "held_out": 0.4, "token_weights": "norm"},
         {"ffn": 0.3, "token_shares": {"image": 0.2, "prompt": 0.3, "answer": 0.5}},
         {"ffn": 0.3, "criterion": "fisher"},
     ],
