@@ -90,8 +90,8 @@ class Sensitivity:
 
         `rank` is the place in the order in which units go, 0 first: every KV group loses equally many heads, so the
         cheapest head of each goes before the second cheapest of any (where `kv_merge: drop` takes whole groups, `kept`
-        alone says what went). `loss`: the predicted rise of the loss when that
-        unit alone goes and the others are refitted, nats a token. Raises UserError for a group without scores.
+        alone says what went). `loss`: the predicted rise of the loss when that unit alone goes and the others are
+        refitted, nats a token. Raises UserError for a group without scores.
         """
         _, balance = self._size(group)
         columns: list[list[npt.NDArray[Any]]] = []

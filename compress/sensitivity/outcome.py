@@ -81,15 +81,11 @@ def _otherwise(measured: Curves, receipt: Mapping[str, Any]) -> str:
     try:
         step = receipt["steps"][0]
         options = PruneOptions.model_validate(receipt["recipe"]["steps"][0]["options"])
-        folder = step["sensitivity"] if options.from_sensitivity is not None else None
-        if folder is not None:
-            same, by = (
-                folder["digest"] == measured.digest,
-                f"from_sensitivity: another folder, by {folder['criterion']}",
-            )
-        else:
-            same, by = options.criterion == measured.criterion, f"criterion: {options.criterion}"
+        same, by = options.criterion == measured.criterion, f"criterion: {options.criterion}"
+        if options.from_sensitivity is not None:
+            other = step["sensitivity"]
+            same, by = other["digest"] == measured.digest, f"from_sensitivity: another folder, by {other['criterion']}"
     except (KeyError, IndexError, TypeError, ValidationError):
         return ""  # another version's options: what they did is not known here
-    other = other_refit(options, float(measured.about["damping"]))
-    return " and ".join([*([] if same else [by]), *other])
+    refit = other_refit(options, float(measured.about["damping"]))
+    return " and ".join([*([] if same else [by]), *refit])
