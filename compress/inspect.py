@@ -12,10 +12,9 @@ from compress.checkpoint.per_layer import is_per_layer, one_or_each
 from compress.checkpoint.source import locate
 from compress.formats import format_of, is_quantized
 from compress.machine import Progress, Silent
+from compress.steps.prune.decoder import layers_of, width_multiple
 from compress.steps.prune.options import ALIGNED, DROP, PruneOptions
-from compress.steps.prune.plan import layers_of
 from compress.steps.prune.whole import layers_left
-from compress.steps.prune.widths import width_multiple
 
 
 def inspect_model(spec: str, progress: Progress | None = None) -> dict[str, Any]:

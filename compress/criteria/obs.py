@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from compress.criteria import GroupView, Ranking
-from compress.solve import damping_vector, greedy_removal
+from compress.eliminate import greedy_removal
+from compress.solve import damping_vector
 
 
 def rank(view: GroupView, damping: float) -> Ranking:

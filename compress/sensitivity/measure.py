@@ -20,14 +20,15 @@ from compress.arch import Family, Group
 from compress.checkpoint.ledger import Ledger
 from compress.checkpoint.reader import Reader
 from compress.criteria import CRITERIA, Ranking, ranking_of
+from compress.eliminate import Elimination
 from compress.errors import UserError
 from compress.machine import Progress
 from compress.sensitivity import removal_order
-from compress.solve import Elimination, damping_vector
+from compress.solve import damping_vector
+from compress.steps.prune.decoder import width_multiple
 from compress.steps.prune.gradients import restored
 from compress.steps.prune.gradients import tensors as saved
 from compress.steps.prune.surgery import columns, view
-from compress.steps.prune.widths import width_multiple
 from compress.stream import GRADIENTS, Statistic
 from compress.stream.backward import BLIND, Found, gradients
 from compress.stream.calls import listens

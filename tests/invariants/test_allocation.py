@@ -20,9 +20,9 @@ from compress.receipt import load_receipt
 from compress.recipe import Recipe
 from compress.run import run
 from compress.steps.prune.choose import choose
+from compress.steps.prune.decoder import Decoder, Layer, by_layer
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
-from compress.steps.prune.widths import Decoder, Layer, by_layer
 from tests import tiny
 
 DATA = DataSpec(source="builtin", samples=8, length=64)

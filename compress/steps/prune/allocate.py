@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from compress.steps.prune.widths import Decoder, Keeps, own, width_multiple
+from compress.steps.prune.decoder import Decoder, Keeps, own, width_multiple
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from compress.errors import did_you_mean
+from compress.steps.prune.decoder import Layer
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.widths import Layer
 from compress.steps.types import Complain
 
 At = tuple[int, str]  # (layer, group)

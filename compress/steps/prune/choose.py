@@ -11,23 +11,12 @@ from collections.abc import Callable
 
 from compress.curves import Curves
 from compress.steps.prune.allocate import MOST, allocate, choices, smallest, uncovered
+from compress.steps.prune.decoder import Decoder, Keeps, Layer, whole_ffn, whole_heads, width_multiple
 from compress.steps.prune.measured import predicted_loss
 from compress.steps.prune.options import PER_LAYER, PruneOptions
-from compress.steps.prune.widths import (
-    WITHIN,
-    Decoder,
-    Keeps,
-    Layer,
-    follow,
-    heads_rule,
-    resolve,
-    whole_ffn,
-    whole_heads,
-    width_multiple,
-)
+from compress.steps.prune.widths import BUDGETS, WITHIN, follow, heads_rule, resolve
 from compress.steps.types import Complain
 
-BUDGETS = ("ratio", "params", "bytes")
 Chosen = tuple[Keeps, tuple[str, ...]]
 
 

@@ -8,8 +8,9 @@ from typing import cast
 from compress.arch import Family, Group
 from compress.arch.kv import KV_HEADS
 from compress.criteria import CRITERIA
+from compress.steps.prune.decoder import layers_of
 from compress.steps.prune.options import DROP, PruneOptions
-from compress.steps.prune.plan import PrunePlan, layers_of
+from compress.steps.prune.plan import PrunePlan
 from compress.stream import GRADIENTS, WHOLE, Statistic
 
 

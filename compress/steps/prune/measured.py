@@ -18,8 +18,9 @@ from compress.curves import Curves, read_curves
 from compress.errors import MachineError, UserError
 from compress.limits import ENOUGH
 from compress.steps.prune.allocate import uncovered
+from compress.steps.prune.decoder import Decoder, Keeps, Layer
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.widths import WHOLE, Decoder, Keeps, Layer
+from compress.steps.prune.widths import WHOLE
 from compress.steps.types import Complain
 
 KEY = "from_sensitivity"

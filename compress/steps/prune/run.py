@@ -28,6 +28,7 @@ from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import gradients, scores
+from compress.steps.prune.decoder import layers_of
 from compress.steps.prune.depth import Depth, check_places, find_depth, settled
 from compress.steps.prune.enough import check_held_out
 from compress.steps.prune.gathered import gathered, groups_cut, needs, widest
@@ -37,7 +38,7 @@ from compress.steps.prune.joint import activation_of, gated, joint_refit, writte
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import DROP, PruneOptions
-from compress.steps.prune.plan import PrunePlan, layers_of
+from compress.steps.prune.plan import PrunePlan
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.prune.vision import CutTower, cut_tower

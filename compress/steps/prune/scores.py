@@ -13,9 +13,10 @@ import torch
 
 from compress.checkpoint.per_layer import one_or_each
 from compress.criteria import CRITERIA, Ranking
+from compress.steps.prune.decoder import layers_of
 from compress.steps.prune.depth import Depth
 from compress.steps.prune.options import PruneOptions
-from compress.steps.prune.plan import PrunePlan, layers_of
+from compress.steps.prune.plan import PrunePlan
 from compress.steps.types import Job
 
 JOINT = "error_reader_alone"

@@ -12,8 +12,8 @@ from compress.arch import Family, Sizes
 from compress.arch.kv import KV_HEADS, kv_heads
 from compress.checkpoint.headers import DTYPE_BYTES, Header
 from compress.checkpoint.per_layer import anchored
+from compress.steps.prune.decoder import Layer
 from compress.steps.prune.options import ALIGNED, DROP, MEAN, PruneOptions
-from compress.steps.prune.widths import Layer
 from compress.steps.types import Complain
 
 MERGED = {
