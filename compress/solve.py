@@ -68,20 +68,13 @@ def refit(
     V = (C[:,K] + W[:,K] L) (H[K,K] + L)^-1 with C = W H and L = diag(ridge[K]): the minimum over V of
     ||V X_K - W X||^2 / T + ||(V - W_K) L^(1/2)||^2.  weight [d, n], hessian [n, n], keep [k] ascending, ridge [n].
     """
-    dtype = working_dtype(len(hessian))
-    product = weight.to(torch.float32) @ hessian  # C [d, n]
-    energy = float((product * weight).sum(dtype=torch.float64))
+    product, energy = _outputs(weight, hessian)
     _check_numbers(energy, what)
-    kept = weight[:, keep].to(dtype)
-    inner = hessian[keep][:, keep].to(dtype)
-    before = _error(kept, inner, product[:, keep], energy)
-    system = inner.clone()
-    system.diagonal().add_(ridge[keep].to(dtype))
-    lower = factor(system, what)
-    del system
-    right = product[:, keep].to(dtype) + kept * ridge[keep].to(dtype)
-    solved = torch.cholesky_solve(right.T, lower).T
-    return Refit(solved.to(torch.float32).contiguous(), _error(solved, inner, product[:, keep], energy), before)
+    product = product[:, keep]
+    inner = hessian[keep][:, keep].to(working_dtype(len(hessian)))
+    solved = _solved(weight[:, keep], inner, product, ridge[keep], what)
+    error, before = _error(solved, inner, product, energy), _lost(weight, hessian, keep, energy)
+    return Refit(solved.to(torch.float32).contiguous(), error, before)
 
 
 def refit_to(
@@ -94,16 +87,22 @@ def refit_to(
     errors of the result are relative to it.
     """
     _check_numbers(energy + float(hessian.sum(dtype=torch.float64)), what)
-    dtype = working_dtype(len(hessian))
-    inner = hessian.to(dtype)
-    before = _error(weight.to(dtype), inner, product, energy)
-    system = inner.clone()
-    system.diagonal().add_(ridge.to(dtype))
+    inner = hessian.to(working_dtype(len(hessian)))
+    before = _error(weight.to(inner.dtype), inner, product, energy)
+    solved = _solved(weight, inner, product, ridge, what)
+    return Refit(solved.to(torch.float32).contiguous(), _error(solved, inner, product, energy), before)
+
+
+def _solved(
+    near: torch.Tensor, inner: torch.Tensor, product: torch.Tensor, ridge: torch.Tensor, what: str
+) -> torch.Tensor:
+    """V = (C + W L) (H + L)^-1 in the dtype of H; near W [d, k], inner H [k, k], product C [d, k], ridge [k] of L."""
+    ridge, system = ridge.to(inner.dtype), inner.clone()
+    system.diagonal().add_(ridge)
     lower = factor(system, what)
     del system
-    right = product.to(dtype) + weight.to(dtype) * ridge.to(dtype)
-    solved = torch.cholesky_solve(right.T, lower).T
-    return Refit(solved.to(torch.float32).contiguous(), _error(solved, inner, product, energy), before)
+    right = product.to(inner.dtype) + near.to(inner.dtype) * ridge
+    return torch.cholesky_solve(right.T, lower).T
 
 
 @dataclass(frozen=True)
@@ -124,22 +123,39 @@ def best_damping(
     (H - s H_v) / (1 - s), s their share.
     """
     fit = torch.sub(hessian, held.gram, alpha=held.share).div_(1 - held.share)
-    product = weight.to(torch.float32) @ held.gram
-    energy = float((product * weight).sum(dtype=torch.float64))
-    inner = held.gram[keep][:, keep]
+    product, energy = _outputs(weight, fit)
+    _check_numbers(energy, what)
+    near, product, own = weight[:, keep], product[:, keep], fit[keep][:, keep].to(working_dtype(len(fit)))
+    asked, energy = _outputs(weight, held.gram)
+    asked, inner = asked[:, keep], held.gram[keep][:, keep]
     found = []
     for damping in DAMPINGS:
-        solved = refit(weight, fit, keep, damping_vector(fit, damping), what).weight
-        found.append((_error(solved, inner, product[:, keep], energy), damping))
+        solved = _solved(near, own, product, damping_vector(fit, damping)[keep], what).float()
+        found.append((_error(solved, inner, asked, energy), damping))
     error, damping = min(found)
     return damping, error
 
 
 def cut_error(weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor) -> float:
     """||W_K X_K - W X||^2 / ||W X||^2: the relative output error of a cut without refit."""
+    return _lost(weight, hessian, keep, _outputs(weight, hessian)[1])
+
+
+def _outputs(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """C = W H [d, n], and tr(W H W^T) = ||W X||^2 / T."""
     product = weight.to(torch.float32) @ hessian
-    energy = float((product * weight).sum(dtype=torch.float64))
-    return _error(weight[:, keep], hessian[keep][:, keep], product[:, keep], energy)
+    return product, float((product * weight).sum(dtype=torch.float64))
+
+
+def _lost(weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor, energy: float) -> float:
+    # W_K X_K - W X = -W_G X_G, G the columns that go: fewer than those that stay, and no difference of large numbers
+    stays = torch.zeros(weight.shape[1], dtype=torch.bool, device=keep.device)
+    stays[keep] = True
+    gone = (~stays).nonzero().flatten()
+    dtype = working_dtype(len(hessian))
+    lost, inner = weight[:, gone].to(dtype), hessian[gone][:, gone].to(dtype)
+    square = float(((lost @ inner) * lost).sum(dtype=torch.float64))
+    return max(0.0, square) / energy if energy > 0 else 0.0
 
 
 def _error(kept: torch.Tensor, inner: torch.Tensor, product: torch.Tensor, energy: float) -> float:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from tests.stock import load
 
 SHORT = (
-    "data.calibration.samples=6",
+    "data.calibration.samples=4",
     "data.training.length=128",
     "data.evaluation={samples: 2, length: 256}",
     "steps.1={distill: {max_steps: 2, batch: 2}}",

@@ -82,9 +82,9 @@ def test_a_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
     assert [name for name in first if first[name] != second[name] and name not in MOMENT] == []
 
 
-# every format with two families, and every other text family with one format
+# every format with one family, and every other family with one format
 OTHERS = ["qwen2", "qwen3", "smollm3", "glm", "glm4", "phi3"]
-PAIRS = [*itertools.product(("llama", "glm4v"), FORMATS), *zip(OTHERS, itertools.cycle(FORMATS), strict=False)]
+PAIRS = [*(("llama", each) for each in FORMATS), *zip([*OTHERS, "glm4v"], itertools.cycle(FORMATS), strict=False)]
 
 
 @pytest.mark.parametrize(("family", "format"), PAIRS)

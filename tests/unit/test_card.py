@@ -146,9 +146,10 @@ def python_of(card: str) -> str:
     return card.split("```python\n", 1)[1].split("```", 1)[0]
 
 
-@pytest.mark.parametrize("format", ["bnb-int8", "bf16"])
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("family", ["llama", "glm4v"])
+@pytest.mark.parametrize(
+    ("family", "chat", "format"),  # every two of them together
+    [("llama", True, "bnb-int8"), ("llama", False, "bf16"), ("glm4v", True, "bf16"), ("glm4v", False, "bnb-int8")],
+)
 def test_its_python_prints_an_answer(
     family: str,
     chat: bool,

@@ -145,6 +145,7 @@ def _same_outputs(folder: Path, how: Format, model: nn.Module, family: Family, c
             assert torch.equal(unrounded, expected) == (how.name not in ROUNDED or outliers), module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ROUNDED)
 def test_on_real_text_rounded_activations_keep_the_first_choice(how: str, smollm2: Path, tmp_path: Path) -> None:
     """The promise for formats that round activations, on the demo model: KL <= 0.05, top-1 >= 0.9 to the exact one."""
