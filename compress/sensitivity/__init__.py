@@ -226,7 +226,7 @@ class Sensitivity:
 
     def save_predicted(self, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
         """The picture of `plot_predicted`, as PNG and SVG, in `folder`."""
-        return list(_figure("save", _figure("predicted", outcomes), folder, "predicted"))
+        return _saved(_figure("predicted", outcomes), folder, "predicted")
 
     def plot_cut(self) -> Figure:
         """What the cut took, layer by layer and group by group: share of the cost, and the output error before and
@@ -246,7 +246,7 @@ class Sensitivity:
             makers["layers"] = self.plot_layers
         elif self.groups:
             makers["cut"] = self.plot_cut
-        return [path for name, make in makers.items() for path in _figure("save", make(), folder, name)]
+        return [path for name, make in makers.items() for path in _saved(make(), folder, name)]
 
     def sizes(self, group: str) -> Counts:
         """Units of every layer, whether they were scored there or not."""
@@ -330,6 +330,12 @@ def _figure(name: str, *arguments: Any) -> Any:
     for module in ("pandas", "matplotlib"):
         optional(module)
     return getattr(import_module("compress.sensitivity.plots"), name)(*arguments)
+
+
+def _saved(figure: Any, folder: Path, name: str) -> list[Path]:
+    """The files of a picture."""
+    files: list[Path] = import_module("compress.sensitivity.figures").save(figure, folder, name)
+    return files
 
 
 def _number(value: Any) -> float:

@@ -1,46 +1,36 @@
-"""The figures of a Sensitivity: heads, cost curves, layers, what a cut took. Each function returns a new Figure.
-
-The figures belong to no window and to no global list: a notebook shows what a cell returns, a script saves it with
-`figure.savefig`. Needs pandas and matplotlib (the extra `notebook`).
-"""
+"""The pictures of a Sensitivity: heads, cost curves, layers, what a cut took. Each function returns a new Figure."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from textwrap import wrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from compress.checkpoint.per_layer import span
-from compress.data.spec import HUB
+from compress.sensitivity.figures import (
+    CMAP,
+    COLORS,
+    DEPTH,
+    MODULES,
+    NAMES,
+    Picture,
+    depth_bar,
+    log_norm,
+    measured_on,
+    name_outliers,
+    percent,
+    titled,
+    whole_ticks,
+)
 
 if TYPE_CHECKING:
     from compress.sensitivity import Sensitivity
     from compress.sensitivity.outcome import Outcome
-
-MODULES = {"heads": "attention", "ffn": "FFN"}
-NAMES = {"heads": "query heads", "ffn": "FFN neurons"}
-COLORS = {"before": "#b3402a", "after": "#1f5a94", "bar": "#9db4c8"}
-CMAP = matplotlib.colormaps["viridis"]  # perceptually uniform, readable in grey and by the colour-blind
-DEPTH = ListedColormap(CMAP(np.linspace(0, 0.92, 256)))  # its brightest yellow is lost as a thin line on white
-
-
-class Picture(Figure):
-    """A figure that a notebook shows without pyplot, whose list of open figures would show it a second time."""
-
-    def _repr_png_(self) -> bytes:
-        data = io.BytesIO()
-        self.savefig(data, format="png", dpi=100)
-        return data.getvalue()
 
 
 def heads(found: Sensitivity) -> Figure:
@@ -57,23 +47,23 @@ def heads(found: Sensitivity) -> Figure:
     cell = min(0.42, 16 / max(layers, units))  # inches
     figure = Picture(figsize=(max(6.4, cell * layers + 2.2), max(2.6, cell * units + 1.5)), layout="constrained")
     axes = figure.subplots()
-    norm = _log_norm(cells) if found.measured else Normalize(0, float(np.nanmax(cells)) or 1)
+    norm = log_norm(cells) if found.measured else Normalize(0, float(np.nanmax(cells)) or 1)
     image = axes.imshow(cells, cmap=CMAP.with_extremes(bad="0.85"), aspect="auto", norm=norm, interpolation="nearest")
     blocks = {found.balance("heads", layer) for layer in range(layers)}
     edges = range(found.balance("heads"), units, found.balance("heads")) if len(blocks) == 1 else range(0)
     for edge in edges:
         axes.axhline(edge - 0.5, color="white", linewidth=2.5)  # between KV groups
     marks = ["white lines: between KV groups"] if len(edges) else []
-    _whole_ticks(axes.xaxis, layers)
-    _whole_ticks(axes.yaxis, units)
+    whole_ticks(axes.xaxis, layers)
+    whole_ticks(axes.yaxis, units)
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("query head")
     if found.measured:
         marks += ["grey: heads that a layer does not have"] if np.isnan(cells).any() else []
-        _titled(figure, axes, "Predicted rise of the loss without each query head", marks)
+        titled(figure, axes, "Predicted rise of the loss without each query head", marks)
         bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, extend="min")
         bar.set_label("nats a token")
-        _measured_on(figure, found)
+        measured_on(figure, found)
         return figure
     gone = frame[~frame.kept]
     stroke = withStroke(linewidth=3, foreground="black")
@@ -82,8 +72,8 @@ def heads(found: Sensitivity) -> Figure:
     whole = found.layer_count - frame.layer.nunique()
     of = f"{len(gone)} of {len(frame)} heads went" + (f" in {frame.layer.nunique()} layers" if whole else "")
     marks = [f"crosses: {of}", *([f"grey: {whole} that kept all"] if whole else []), *marks]
-    _titled(figure, axes, f"{found.criterion} cost of the query heads, normalised in each layer", marks)
-    bar = figure.colorbar(image, ax=axes, format=_percent(), pad=0.01, aspect=12)
+    titled(figure, axes, f"{found.criterion} cost of the query heads, normalised in each layer", marks)
+    bar = figure.colorbar(image, ax=axes, format=percent(), pad=0.01, aspect=12)
     bar.set_label("share of the\nlayer's summed cost")
     return figure
 
@@ -103,20 +93,20 @@ def losses(found: Sensitivity, group: str) -> Figure:
         axes.plot(shown.removed, shown.loss, color=DEPTH(norm(layer)), linewidth=0.9, marker=dots, markersize=3)
         middle = np.interp(0.5, shown.removed, np.log(shown.loss.clip(lower=1e-12)))  # on the line: the scale is a log
         middles[layer] = float(np.exp(middle))
-    _name_outliers(axes, middles, above=True)
+    name_outliers(axes, middles, above=True)
     positive = frame[frame.loss > 0].loss
     if len(positive):
         axes.set_yscale("log")
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_formatter(percent())
     axes.set_xlabel(f"share of the layer's {NAMES.get(group, group)} removed, in the order of the ranking")
     axes.set_ylabel("predicted rise of the loss (nats a token)")
     axes.set_title(
         f"What removing {NAMES.get(group, group)} from one layer costs after the refit, one line a layer", fontsize=10
     )
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
-    _depth_bar(figure, axes, norm, found.layer_count)
-    _measured_on(figure, found)
+    depth_bar(figure, axes, norm, found.layer_count)
+    measured_on(figure, found)
     return figure
 
 
@@ -139,8 +129,8 @@ def layers(found: Sensitivity) -> Figure:
     below.grid(True, axis="y", color="0.9", linewidth=0.6)
     below.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=2, frameon=False)
     below.set_xlim(-0.7, found.layer_count - 0.3)
-    _whole_ticks(below.xaxis, found.layer_count)
-    _measured_on(figure, found)
+    whole_ticks(below.xaxis, found.layer_count)
+    measured_on(figure, found)
     return figure
 
 
@@ -183,16 +173,6 @@ def _shortened(name: str, most: int = 28) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 :]}"
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """NAME.png and NAME.svg in `folder`: the same bytes for the same numbers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(files[0], dpi=150, metadata={"Software": None})
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(files[1], metadata={"Date": None})
-    return files
-
-
 def curves(found: Sensitivity, group: str) -> Figure:
     """Cumulative cost over the share of units removed, one line a layer; a dot where the cut stopped."""
     frame = found.curve(group)
@@ -208,12 +188,12 @@ def curves(found: Sensitivity, group: str) -> Figure:
         axes.plot([stop.removed], [stop.removed_cost], "o", color=color, markersize=3.5)
         stops[layer] = float(stop.removed)
         middles[layer] = float(part.cost.iloc[len(part) // 2])
-    _name_outliers(axes, middles)
+    name_outliers(axes, middles)
     axes.set_yscale("log")
     axes.set_xlim(0, 1)
     early = frame[(frame.removed >= 0.01) & (frame.cost > 0)].cost
     axes.set_ylim(bottom=0.7 * early.min())  # the first few of thousands of neurons would take half the picture
-    axes.xaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_formatter(percent())
     axes.set_xlabel(f"{NAMES.get(group, group)} removed, in the order of the ranking (share of the layer's)")
     axes.set_ylabel("cumulative cost (share of the layer's sum)")
     axes.set_title(f"{found.criterion} cost of removing {NAMES.get(group, group)}, one line a layer", fontsize=10)
@@ -223,7 +203,7 @@ def curves(found: Sensitivity, group: str) -> Figure:
         axes.axvline(at, color="0.25", linestyle="--", linewidth=1)
         side = "left" if at < 0.7 else "right"
         axes.annotate(f" the cut: {at:.1%} ", (at, 0.03), xycoords=("data", "axes fraction"), ha=side)
-    _depth_bar(figure, axes, norm, found.layer_count)
+    depth_bar(figure, axes, norm, found.layer_count)
     return figure
 
 
@@ -237,65 +217,12 @@ def cut(found: Sensitivity) -> Figure:
         part = frame[frame.group == group]
         _share_panel(panels[0, column], part, group, found.layer_count)
         _error_panel(panels[1, column], part, refit=bool(found.about.get("refit", True)))
-        _whole_ticks(panels[1, column].xaxis, found.layer_count)
+        whole_ticks(panels[1, column].xaxis, found.layer_count)
         panels[1, column].set_xlim(-0.7, found.layer_count - 0.3)
         panels[1, column].set_xlabel("decoder layer")
     panels[0, 0].set_ylabel("share removed")
     panels[1, 0].set_ylabel("relative output error\n$\\|Y'-Y\\|^2 / \\|Y\\|^2$")
     return figure
-
-
-def _measured_on(figure: Figure, found: Sensitivity) -> None:
-    """Under the picture of an analysis, small: which model was measured, by what criterion, on what text."""
-    about = found.about
-    source = about["calibration"]["source"]
-    shares = source.items() if isinstance(source, dict) else [(source, None)]
-    texts = [_short(name) + ("" if share is None else f" {share:.0%}") for name, share in shares]
-    name, _, commit = Path(about["model"]["name"]).name.partition("@")
-    name += f"@{commit[:8]}" if commit else ""
-    told = f"{name}, {found.criterion}, {about['calibration']['tokens']:,} tokens of " + " + ".join(texts)
-    room = int(19 * figure.get_size_inches()[0])  # characters of this size
-    figure.supxlabel("\n".join(wrap(told, room)), fontsize=7, color="0.45", x=0.995, ha="right")
-
-
-def _short(source: str) -> str:
-    """A source of text without the folders that a file lies in."""
-    return source if source.startswith(HUB) else Path(source).name
-
-
-def _titled(figure: Figure, axes: Axes, title: str, marks: Sequence[str]) -> None:
-    """A title, and below it what the marks in the picture mean, in lines that it has room for."""
-    room = int(13 * (figure.get_size_inches()[0] - 1.5))  # characters of this size an inch, beside scale and colour bar
-    axes.set_title("\n".join([*wrap(title, room), *wrap("; ".join(marks), room)]), fontsize=10)
-
-
-def _log_norm(cells: Any) -> LogNorm:
-    """A log scale over four decades at most, and a few of the least below it: one dead head would take half of it."""
-    top = float(np.nanmax(cells))
-    if top <= 0:
-        return LogNorm(1e-4, 1)
-    return LogNorm(max(float(np.quantile(cells[cells > 0], 0.02)), top / 10**4), top)
-
-
-def _name_outliers(axes: Axes, middles: Mapping[int, float], above: bool = False) -> None:
-    """Name the lines that run at least a factor of 3 below the median line (or above it), at most four of them."""
-    median = float(np.median(list(middles.values())))
-    if above:
-        far = sorted(((cost, layer) for layer, cost in middles.items() if cost > 3 * median), reverse=True)
-    else:
-        far = sorted((cost, layer) for layer, cost in middles.items() if 0 < cost < median / 3)
-    names: list[tuple[float, list[int]]] = []
-    for cost, layer in far[:4]:
-        if names and max(cost, names[-1][0]) < 1.5 * min(cost, names[-1][0]):  # names would lie on each other
-            names[-1][1].append(layer)
-        else:
-            names.append((cost, [layer]))
-    for cost, near in names:
-        place = {"xytext": (-2, 6), "ha": "right"} if above else {"xytext": (8, -9)}
-        noun = "layer" if len(near) == 1 else "layers"
-        told = f"{noun} {', '.join(map(str, sorted(near)))}"
-        apart = [withStroke(linewidth=2.5, foreground="white")]  # from a line that passes behind the name
-        axes.annotate(told, (0.5, cost), textcoords="offset points", fontsize=8, path_effects=apart, **place)
 
 
 def _share_panel(axes: Axes, part: Any, group: str, layers: int) -> None:
@@ -310,7 +237,7 @@ def _share_panel(axes: Axes, part: Any, group: str, layers: int) -> None:
         label="of the units",
         marker=".",
     )
-    axes.yaxis.set_major_formatter(_percent())
+    axes.yaxis.set_major_formatter(percent())
     axes.set_ylim(0, 1.45 * float(np.nanmax([part.removed.max(), part.removed_cost.max()])))
     sizes = f"{span(part.units.tolist())} -> {span(part.kept.tolist())}"
     where = "a layer" if len(part) == layers else f"in {len(part)} of {layers} layers"
@@ -336,24 +263,3 @@ def _error_panel(axes: Axes, part: Any, refit: bool) -> None:
     axes.grid(True, axis="y", color="0.9", linewidth=0.6)
     labels = ["without refit", "with refit, as written"] if refit else ["as written, no refit"]
     axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=2, frameon=False)
-
-
-def _percent() -> FuncFormatter:
-    """As many digits as a share needs: 2.5 % is neither 2 nor 3."""
-    return FuncFormatter(lambda share, at: f"{100 * share:g}%")
-
-
-def _whole_ticks(axis: Any, count: int) -> None:
-    """Ticks at layers or heads: all of them while they are few, else round numbers."""
-    if count <= 12:
-        axis.set_ticks(range(count))
-    else:
-        axis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
-
-
-def _depth_bar(figure: Figure, axes: Axes, norm: Normalize, layers: int) -> None:
-    from matplotlib.cm import ScalarMappable
-
-    bar = figure.colorbar(ScalarMappable(norm, DEPTH), ax=axes, pad=0.02)
-    bar.set_label("decoder layer")
-    _whole_ticks(bar.ax.yaxis, layers)

@@ -67,6 +67,7 @@ HEAVY = {
     "compress.losses.forward_kl",
     "compress.resume",
     "compress.run",
+    "compress.sensitivity.figures",
     "compress.sensitivity.measure",
     "compress.sensitivity.plots",
     "compress.solve",

@@ -167,13 +167,13 @@ def test_shares_on_an_axis_are_not_rounded(source: Path, tmp_path: Path) -> None
 def test_names_of_lines_that_run_beside_each_other_are_one() -> None:
     from matplotlib.figure import Figure
 
-    from compress.sensitivity.plots import _name_outliers
+    from compress.sensitivity.figures import name_outliers
 
     axes = Figure().subplots()
-    _name_outliers(axes, dict.fromkeys(range(9), 1.0) | {9: 0.30, 10: 0.25, 11: 0.01})
+    name_outliers(axes, dict.fromkeys(range(9), 1.0) | {9: 0.30, 10: 0.25, 11: 0.01})
     assert [text.get_text() for text in axes.texts] == ["layer 11", "layers 9, 10"]
     axes = Figure().subplots()
-    _name_outliers(axes, dict.fromkeys(range(9), 1.0) | {9: 3.5, 10: 9.0, 11: 3.2}, above=True)
+    name_outliers(axes, dict.fromkeys(range(9), 1.0) | {9: 3.5, 10: 9.0, 11: 3.2}, above=True)
     assert [text.get_text() for text in axes.texts] == ["layer 10", "layers 9, 11"]
 
 
