@@ -3,8 +3,8 @@
 T tokens; P a layer's parameters before the cut, Q after it; of every group that is cut: n columns before, k after, d
 rows of the matrix that reads them. The layer runs twice, whole for the statistics and cut for what it hands on
 (2 P T + 2 Q T); H = X^T X is 2 T n^2; the refit takes W H (2 d n^2), a Cholesky factor of H over the kept columns
-(k^3 / 3), two triangular solves (2 d k^2), and two output errors for the receipt (4 d k^2). Attention's own products
-and everything that is no matrix product are left out.
+(k^3 / 3), two triangular solves (2 d k^2), and the output errors for the receipt, after the refit (2 d k^2) and without
+(2 d (n - k)^2). Attention's own products and everything that is no matrix product are left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def operations(model: Document, prune: Document, tokens: int) -> list[tuple[str,
         parts += [
             (GRAM, "f32", 2 * tokens * was**2),
             (REFIT, "f32", 2 * rows * was**2),
-            (REFIT, wide, 6 * rows * stays**2),
+            (REFIT, wide, 4 * rows * stays**2 + 2 * rows * (was - stays) ** 2),
             (FACTOR, "f64" if wide == "f64" else "cholesky", stays**3 / 3),
         ]
     return parts
