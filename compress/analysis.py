@@ -28,7 +28,7 @@ from compress.checkpoint.reader import Reader
 from compress.checkpoint.source import Source, locate
 from compress.criteria import CRITERIA
 from compress.curves import DOCUMENT, FORMAT, TENSORS
-from compress.data import PADDING, DataSpec, check, expected_tokens, windows
+from compress.data import PADDING, DataSpec, check, expected_tokens, local_paths, windows
 from compress.data.tokens import Tokens
 from compress.device import check_room_on, described, device_of
 from compress.errors import MachineError, UserError, size
@@ -98,7 +98,7 @@ def measure_sensitivity(
     if options.pictures:
         _check_pictures()
     asked = _asked(model, data, options, seed, told)
-    check_apart(out, [asked.source])
+    check_apart(out, [asked.source], local_paths(asked.data))
     _check_room(asked, machine, out)
     torch.set_num_threads(machine.threads)
     started = time.time()

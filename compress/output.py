@@ -10,18 +10,20 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from compress.checkpoint.disk import existing
 from compress.checkpoint.headers import read_json
 from compress.checkpoint.source import Source
+from compress.curves import DOCUMENT
 from compress.errors import UserError
 from compress.machine import Progress
 
 MARK = ".autoglm-compress"  # stands in every work folder of ours
 RECEIPT = "receipt.json"  # stands in every result of a run
+RESULTS = (RECEIPT, DOCUMENT)  # what shows a result of ours, of a run or of an analysis
 
 
 def rejected(out: Path) -> Path:
@@ -30,11 +32,13 @@ def rejected(out: Path) -> Path:
 
 
 def check_out(out: Path, overwrite: bool, mark: str = RECEIPT) -> None:
-    """Refuse an OUT that exists (unless it is a result of ours and may be replaced) or cannot be written, a foreign
-    OUT.work, and an OUT.rejected that no gate has rejected.
+    """Refuse an OUT that exists (unless it is empty, or a result of ours that may be replaced and holds no other) or
+    cannot be written, a foreign OUT.work, and an OUT.rejected that no gate has rejected.
 
     `mark`: the file that shows a result of ours.
     """
+    # one that was made for us: nothing can be lost; in the place of a mount nothing can be renamed
+    empty = out.is_dir() and not any(out.iterdir()) and not out.is_mount()
     if not out.name:
         raise UserError(f"{out}: not a folder that can be written")
     if out.is_symlink():
@@ -43,7 +47,7 @@ def check_out(out: Path, overwrite: bool, mark: str = RECEIPT) -> None:
         if folder.is_symlink():
             raise UserError(f"{folder}: a link, where a run puts a folder of its own", hint="move it away")
     for folder in (out, rejected(out)):
-        if os.path.lexists(folder) and not (folder / mark).is_file():
+        if os.path.lexists(folder) and not (folder / mark).is_file() and not (folder == out and empty):
             what = f"no {mark}" if folder.is_dir() else "no folder"
             raise UserError(
                 f"{folder}: exists already and is not a result of ours ({what}); it is not replaced",
@@ -54,8 +58,15 @@ def check_out(out: Path, overwrite: bool, mark: str = RECEIPT) -> None:
             f"{rejected(out)}: exists already, and no gate has rejected it; it is not replaced",
             hint="move it away, or give another output folder",
         )
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already", hint="--overwrite replaces it")
+    if out.exists() and not empty:
+        if not overwrite:
+            raise UserError(f"{out}: exists already", hint="--overwrite replaces it")
+        inside = sorted(path.parent for name in RESULTS for path in out.rglob(name) if path.parent != out)
+        if inside:
+            raise UserError(
+                f"{out}: holds another result, {inside[0]}; it is not replaced",
+                hint="move that away, or give another output folder",
+            )
     _check_work(work_of(out))
     try:
         check_takes(out)
@@ -82,13 +93,19 @@ def check_takes(path: Path) -> None:
         pass  # tried, not asked: permission bits do not tell of a read-only file system
 
 
-def check_apart(out: Path, sources: Sequence[Source]) -> None:
-    """Refuse sources that OUT, OUT.work or OUT.rejected would replace or remove, and an OUT inside a source."""
+def check_apart(out: Path, sources: Sequence[Source], texts: Iterable[Path] = ()) -> None:
+    """Refuse sources and `texts`, files and folders, that OUT, OUT.work or OUT.rejected would replace or
+    remove, and an OUT inside a source."""
+    places = [each.resolve() for each in (out, work_of(out), rejected(out))]
     for source in sources:
         theirs = source.folder.resolve()
-        for mine in (out.resolve(), work_of(out).resolve(), rejected(out).resolve()):
+        for mine in places:
             if mine == theirs or mine in theirs.parents or theirs in mine.parents:
                 raise UserError(f"{mine}: lies inside the source {source.name}, or the source inside it")
+    for path in texts:
+        for mine in places:
+            if mine == path.resolve() or mine in path.resolve().parents:
+                raise UserError(f"{mine}: would replace {path}, which is read", hint="give another output folder")
 
 
 @contextmanager

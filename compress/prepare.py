@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compress.checkpoint.layout import SHARD_BYTES
+from compress.data import local_paths
 from compress.errors import UserError
 from compress.machine import Machine, Progress
 from compress.output import check_apart, check_out
@@ -30,7 +31,9 @@ def prepare(
     `out` that cannot be written."""
     check_out(out, overwrite)
     plan = make_plan(recipe, machine, progress=progress, where=where, out=out, shard_bytes=shard_bytes)
-    check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])])
+    data = recipe.data
+    texts = [path for spec in (data.calibration, data.training, data.evaluation) for path in local_paths(spec)]
+    check_apart(out, [plan.source, *([plan.teacher] if plan.teacher else [])], texts)
     steps = len(plan.steps)
     if stop_after is not None and not 1 <= stop_after < steps:
         allowed = f"from 1 to {steps - 1}" if steps > 1 else "none: the recipe has one step"

@@ -78,6 +78,9 @@ class Screen(AbstractContextManager["Screen"]):
         told = [*made.notes, *(f"{step.kind}: {note}" for step in made.steps for note in step.notes)]
         for note in () if self._quiet else told:
             plain(self._out, f"  {note}")
+        for step in made.steps if self._quiet else ():  # the notes say it too, and what it leaves out
+            if (loss := getattr(step, "predicted_loss", None)) is not None:
+                plain(self._out, f"predicted rise of the loss: {loss:.4f} nats a token")
         plain(self._out, f"KV cache: {' -> '.join(f'{each:,}' for each in made.kv_cache)} bytes a token")
         if made.memory is not None and made.disk is not None:
             beside = "memory beside Python and its libraries (about 400 MiB)"

@@ -18,6 +18,7 @@ from compress.commands.options import (
     flat,
     told_what_is_kept,
 )
+from compress.curves import DOCUMENT
 from compress.errors import MachineError, UserError
 from compress.limits import ENOUGH
 from compress.report import Screen
@@ -88,6 +89,8 @@ def sensitivity(
         from compress.api import measure_sensitivity
 
         with told_what_is_kept(), screen:
+            if (Path(str(model)) / DOCUMENT).is_file():
+                raise UserError(f"{model}: a folder of scores, not a model", hint="leave out -o to show it")
             found = measure_sensitivity(
                 model,
                 output,

@@ -12,7 +12,7 @@ from compress.data.images import Picture, Processor, processor_of
 from compress.data.kinds import IMAGE, PADDING, TOKEN_KINDS, occurring
 from compress.data.sample import sampling_memory
 from compress.data.sources import BYTES_A_TOKEN, check, commits, documents, expected_tokens, most_tokens, pictures_of
-from compress.data.spec import BUILTIN, KINDS, SELF, DataSpec, Part, counts, parse_sources, sources
+from compress.data.spec import BUILTIN, KINDS, SELF, DataSpec, Part, counts, local_paths, parse_sources, sources
 from compress.data.tokens import TOKENIZERS, Tokens, evenly_spaced, windows
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "evenly_spaced",
     "expected_tokens",
     "has_template",
+    "local_paths",
     "most_tokens",
     "normalised",
     "occurring",

@@ -23,6 +23,9 @@ def of_path(source: str) -> list[Document]:
     folder = path.is_dir()
     if not folder and path.suffix not in READERS:
         missing = "" if path.exists() else "no such folder; "
+        name, equals, share = source.rpartition("=")
+        if missing and equals and Path(name).exists():
+            raise UserError(f"data source '{source}': the share of {name} is '{share}', allowed: a number above 0")
         near = nearest(source, [BUILTIN, SELF])
         raise UserError(
             f"data source '{source}': {missing}expected {KINDS}" + (f"; did you mean '{near}'?" if near else "")
@@ -89,6 +92,7 @@ def _entry(value: Any, where: str, folder: Path) -> Document:
         if "messages" in value:
             return chat(value["messages"], where, folder)
         found = f"keys {', '.join(map(repr, value)) or 'none'}"
+        found = f"'text': {type(text).__name__}" if "text" in value else found
     else:
         found = type(value).__name__
     raise UserError(f"{where}: expected an object with a string field 'text' or a list 'messages', found {found}")

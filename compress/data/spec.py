@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -56,6 +57,11 @@ def sources(spec: DataSpec) -> dict[str, float]:
         return {spec.source: 1.0}
     total = math.fsum(spec.source.values())
     return {name: spec.source[name] / total for name in sorted(spec.source)}
+
+
+def local_paths(spec: DataSpec) -> list[Path]:
+    """The files and folders among the sources."""
+    return [Path(name) for name in sources(spec) if name not in (BUILTIN, SELF) and not name.startswith(HUB)]
 
 
 def counts(spec: DataSpec) -> dict[str, int | None]:

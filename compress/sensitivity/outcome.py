@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from compress.checkpoint.digests import digest_of
 from compress.checkpoint.headers import read_json
+from compress.curves import DOCUMENT
 from compress.errors import UserError
 from compress.steps.prune.measured import other_refit
 from compress.steps.prune.options import PruneOptions
@@ -49,6 +50,8 @@ def outcome(found: Sensitivity, result: Path) -> Outcome:
     """
     measured = found.curves_measured()
     path = result / "receipt.json"
+    if (result / DOCUMENT).is_file():
+        raise UserError(f"{result}: an analysis, not a pruned model", hint="--compare A B compares two of them")
     receipt = read_json(path)
     try:
         files = receipt["model"]["sha256"]

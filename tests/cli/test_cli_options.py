@@ -181,10 +181,11 @@ def test_evaluate_does_not_replace_a_file_unasked(main: Main, tmp_path: Path) ->
 
 
 def test_a_file_in_the_place_of_out_is_refused_without_a_way_that_does_not_help(main: Main, tmp_path: Path) -> None:
-    model, file, empty = tiny.llama(tmp_path / "model"), tmp_path / "file", tmp_path / "empty"
+    model, file, folder = tiny.llama(tmp_path / "model"), tmp_path / "file", tmp_path / "folder"
     file.write_text("mine")
-    empty.mkdir()
-    for out, what in ((file, "no folder"), (empty, "no receipt.json")):
+    folder.mkdir()
+    (folder / "theirs").touch()
+    for out, what in ((file, "no folder"), (folder, "no receipt.json")):
         for more in ([], ["--overwrite"]):
             line = ["quantize", str(model), "-o", str(out), "--format", "bf16", "-q"]
             code, _, err = main(*line, *more)
@@ -192,6 +193,7 @@ def test_a_file_in_the_place_of_out_is_refused_without_a_way_that_does_not_help(
             assert (code, err) == (2, said + "hint: move it away, or give another output folder\n")
     assert file.read_text() == "mine"
     line[line.index(str(out))] = ours = str(tmp_path / "ours")
+    (tmp_path / "ours").mkdir()  # an empty one is as good as none
     assert main(*line)[0] == 0
     assert main(*line)[::2] == (2, f"error: {ours}: exists already\nhint: --overwrite replaces it\n")
     assert main(*line, "--overwrite")[0] == 0

@@ -398,6 +398,11 @@ REFUSED = {
     "two things": (["A", "-o", "B", "--compare", "A", "B"], "found other arguments"),
     "a model without -o": (["demo:nothing"], "no folder to show"),
     "a model's folder without -o": (["MODEL"], "a model, not a folder of scores\nhint: give -o OUT to measure it"),
+    "a folder of scores with -o": (
+        ["MEASURED", "-o", "B"],
+        "a folder of scores, not a model",
+    ),
+    "an analysis in the place of a result": (["MEASURED", "--against", "MEASURED"], "an analysis, not a pruned model"),
     "no model": (["MISSING/x/y", "-o", "B"], "MISSING/x/y"),
     "how, and nothing to measure": (["A", "--criterion", "obs"], "--criterion: says how a model is measured"),
     "a share, and nothing to compare": (["A", "--cut", "0.3"], "--cut: says at which share --compare counts"),
@@ -410,11 +415,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_wrong_arguments_are_one_line(
-    case: str, source: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    case: str, source: Path, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments, told = REFUSED[case]
-    place = [{"A": str(tmp_path / "A"), "B": str(tmp_path / "B"), "MODEL": str(source)}.get(a, a) for a in arguments]
-    assert main(["sensitivity", *place]) == 2
+    places = {"A": tmp_path / "A", "B": tmp_path / "B", "MODEL": source, "MEASURED": folder}
+    capsys.readouterr()
+    assert main(["sensitivity", *(str(places.get(each, each)) for each in arguments)]) == 2
     said = capsys.readouterr().err
     assert told in said and "Traceback" not in said
 

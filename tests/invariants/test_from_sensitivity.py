@@ -127,6 +127,8 @@ def test_a_model_that_is_not_where_it_was_measured_is_asked_for(
     assert main(["plan", "--from-sensitivity", str(folder), "--ratio", "0.3", "--model", str(source), "--json"]) == 0
     step = json.loads(capsys.readouterr().out)["steps"][0]
     assert f"{step['predicted_loss']:.4f} nats a token" in " ".join(step["notes"])
+    assert main(["plan", "--from-sensitivity", str(folder), "--ratio", "0.3", "--model", str(source), "-q"]) == 0
+    assert f"predicted rise of the loss: {step['predicted_loss']:.4f} nats a token\n" in capsys.readouterr().out
 
 
 def test_who_is_refused(source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,26 @@ def test_overwrite_replaces_a_result_and_nothing_else(tmp_path: Path) -> None:
     assert (foreign / "precious").exists()
 
 
+def test_what_is_read_or_another_result_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny.llama(tmp_path / "source"), tmp_path / "out"
+    cut = ["--ratio", "0.3", "--samples", "4", "--length", "64", "--threads", "1", "-q"]
+    assert main(["prune", str(source), "-o", str(out), *cut]) == 0
+    text, inner = out / "text.txt", out / "inner"
+    text.write_text("a text of which there is one copy\n" * 200)
+    measured = ["sensitivity", str(source), "-o", str(inner), "--no-pictures", *cut[2:]]
+    for line, said in (
+        (["prune", str(source), "--data", str(text), *cut], f"{out}: would replace {text}, which is read"),
+        (["prune", str(source), *cut], f"{out}: holds another result, {inner}"),
+        (["prune", str(source), "--from-sensitivity", str(inner), *cut], f"{out}: holds another result, {inner}"),
+    ):
+        if said.endswith(str(inner)) and not inner.exists():
+            assert main(measured) == 0
+        capsys.readouterr()
+        assert main([*line, "-o", str(out), "--overwrite"]) == 2
+        assert said in capsys.readouterr().err
+    assert text.exists() and (inner / "sensitivity.json").exists()
+
+
 def test_shards_hold_no_more_than_asked(tmp_path: Path) -> None:
     source = tiny.llama(tmp_path / "source")
     out = tmp_path / "out"

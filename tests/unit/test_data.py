@@ -135,7 +135,7 @@ def test_documents_are_joined_with_eos(folder: Path, tmp_path: Path) -> None:
             b'{"text": "x"}\n\n["y"]\n',
             "line 3: expected an object with a string field 'text' or a list 'messages', found list",
         ),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: expected an object"),
+        ("a.jsonl", b'{"text": 3}\n', "a list 'messages', found 'text': int"),
         ("a.jsonl", b'{"text": "x"\n', "line 1: not JSON"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: 'text' holds half of a surrogate pair"),
         ("a.txt", b"short", "at most 6 tokens of training text, needed 16 (1 x 16)"),

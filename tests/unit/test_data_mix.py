@@ -121,6 +121,15 @@ def test_what_a_mix_cannot_give_is_refused(
         assert "gone.txt: no such data file" in caught.value.message, "every source is told at once"
 
 
+def test_a_share_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("some text")
+    with pytest.raises(
+        UserError, match=r"^data source 'a.txt=x': the share of a.txt is 'x', allowed: a number above 0"
+    ):
+        check(DataSpec(source="a.txt=x"), "training")
+
+
 RECIPE = "model: m\nsteps: [prune: {ffn: 0.5}]\ndata: {calibration: {source: %s, samples: 8}}\n"
 
 

@@ -43,7 +43,7 @@ def fixed_by_hand(options: PruneOptions, layers: Sequence[Layer], complain: Comp
         complain(key, message)
 
     for pattern in options.protect or ():
-        hit = _matched(pattern, names)
+        hit = _matched(pattern, names, len(layers))
         if not hit:
             refuse("protect", _unmatched(pattern, names, len(layers)))
             continue
@@ -51,7 +51,7 @@ def fixed_by_hand(options: PruneOptions, layers: Sequence[Layer], complain: Comp
         for layer, group in hit:
             _set(found, (layer, group), layers[layer].groups[group].units, f"protect '{pattern}'", refuse)
     for pattern, width in (options.pin or {}).items():
-        hit = _matched(pattern, names)
+        hit = _matched(pattern, names, len(layers))
         if not hit:
             refuse("pin", _unmatched(pattern, names, len(layers)))
             continue
@@ -74,11 +74,19 @@ def module_names(layers: Sequence[Layer]) -> dict[str, At]:
     }
 
 
-def _matched(pattern: str, names: Mapping[str, At]) -> list[At]:
+def _matched(pattern: str, names: Mapping[str, At], layers: int) -> list[At]:
     parts = pattern.split(".")
+    if (span := _range(pattern)) and int(span[2]) >= layers:
+        return []  # a slip that would take all the others
     if len(parts) == 2:  # a layer with all that is in it
         parts.append("*")
     return [at for name, at in names.items() if _same(parts, name.split("."))]
+
+
+def _range(pattern: str) -> re.Match[str] | None:
+    """The layers that a pattern names by their first and last."""
+    parts = pattern.split(".")
+    return RANGE.fullmatch(parts[1]) if len(parts) > 1 else None
 
 
 def _same(pattern: Sequence[str], name: Sequence[str]) -> bool:
@@ -91,6 +99,8 @@ def _same(pattern: Sequence[str], name: Sequence[str]) -> bool:
 
 
 def _unmatched(pattern: str, names: Mapping[str, At], layers: int) -> str:
+    if (span := _range(pattern)) and int(span[2]) >= layers:
+        return f"'{pattern}': the model has layers 0 to {layers - 1}"
     modules = ", ".join(dict.fromkeys(name.split(".")[2] for name in names))
     near = did_you_mean(pattern, names)
     return f"'{pattern}' matches no module{near or f'; there are layers.0 to layers.{layers - 1}, each with {modules}'}"

@@ -90,8 +90,8 @@ def _pair(
         return _beyond(options, decoder, counts, complain)
     loss, heads, (keeps, notes) = min(found, key=lambda pair: pair[0])
     others = [f"{count} heads {cost:.4f}" for cost, count, _ in found if count != heads]
-    told = f" ({', '.join(others)})" if others else ""
-    return keeps, (f"{heads} heads: of {len(found)} counts the one of least predicted loss, {loss:.4f}{told}", *notes)
+    why = f"of {len(found)} counts the one of least predicted loss, {loss:.4f} ({', '.join(others)})"
+    return keeps, (f"{heads} heads: {why if others else 'the only count that reaches it'}", *notes)
 
 
 def _beyond(options: PruneOptions, decoder: Decoder, counts: list[int], complain: Complain) -> Chosen | None:
