@@ -79,9 +79,8 @@ Wanda-sp and Minitron's importance are our own criteria without the refit (Wanda
 values of weight times input norm, ours their squares: 47.2 against 47.0 in `docs/experiments.md`); FLAP with its biases
 and LLM-Pruner's score are re-implemented; Torch-Pruning is its own code, FFN only. FLAP's biases on o_proj and
 down_proj have no slot in stock Llama: its model lives in memory only.
-Rows of obs, but for those by layer at 35 %, are of the obs that still counted the ridge in what a unit costs: 0 to 3 %
-worse there (`docs/experiments.md`). A second seed of it, with the joint refit at 35 %, gave 1.966, 2.244, 2.554, 1.986
-and 2.208 where the first gave 1.973, 2.271, 2.472, 1.968 and 1.915.
+Rows of obs are of the obs that still counted the ridge in what a unit costs, 0 to 3 % worse where both were measured
+on the same text (`docs/experiments.md`), but for those by layer at 35 % and those with the joint refit.
 Judged in the stored bfloat16, on processors that emulate it in float32 (`judged_in` of a row).
 
 ![perplexity after 20 % are gone: our default beside peers, and by what was calibrated on](pictures/pruning.png)

@@ -270,9 +270,10 @@ def test_folders_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(capsys, ["quantize", str(model), "-o", str(inside), *work], inside, ["inside the source"])
     there = tmp_path / "there"
     there.mkdir()
+    (there / "theirs").touch()
     assert main(["quantize", str(model), "-o", str(there), *work]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert list(there.iterdir()) == []
+    assert [path.name for path in there.iterdir()] == ["theirs"]
 
 
 def test_a_gate_that_the_planned_size_fails_ends_before_the_work(
