@@ -283,17 +283,25 @@ def left(out: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(out).items() if name not in MOMENT}
 
 
+INTERRUPTED = ("--keep-vision-layers", "2", "--keep-vision-ffn", "24", "--keep-layers", "1", "--ffn", "0.3")
+INTERRUPTED += ("--checkpoint-every", "0")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a run that nobody disturbs leaves, twice."""
+    first, again = (tmp_path_factory.mktemp("whole") / "out" for _ in range(2))
+    assert main(flags(model, first, chats, *INTERRUPTED)) == 0
+    assert main(flags(model, again, chats, *INTERRUPTED)) == 0
+    assert left(first) == left(again)
+    return left(first)
+
+
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_interrupted_run_goes_on(
-    at: int, model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, model: Path, chats: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the tower was cut, after the choice of decoder layers, and after the first of them."""
-    how = ("--keep-vision-layers", "2", "--keep-vision-ffn", "24", "--keep-layers", "1", "--ffn", "0.3")
-    how += ("--checkpoint-every", "0")
-    assert main(flags(model, tmp_path / "whole", chats, *how)) == 0
-    again = left(tmp_path / "whole")
-    assert main(flags(model, tmp_path / "again", chats, *how)) == 0
-    assert left(tmp_path / "again") == again
     real, calls = Ledger.save, []
 
     def counted(self: Ledger, *state: object) -> None:
@@ -304,13 +312,13 @@ def test_an_interrupted_run_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "save", counted)
-        assert main(flags(model, tmp_path / "out", chats, *how)) == 130
+        assert main(flags(model, tmp_path / "out", chats, *INTERRUPTED)) == 130
     from compress.steps.prune import vision
 
     monkeypatch.setattr(vision, "METHODS", {})  # what was found is not looked for again
     monkeypatch.setattr(vision, "refit", None)
-    assert main(flags(model, tmp_path / "out", chats, *how)) == 0
-    assert left(tmp_path / "out") == again
+    assert main(flags(model, tmp_path / "out", chats, *INTERRUPTED)) == 0
+    assert left(tmp_path / "out") == whole
 
 
 def test_with_a_fused_quantize_step_the_bytes_are_those_of_both(chats: Path, tmp_path: Path) -> None:
