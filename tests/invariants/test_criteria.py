@@ -118,14 +118,37 @@ def test_torch_pruning_ranks_as_the_same_formula_does(
         ("phi3", ["--keep-heads", "6"], "heads whose q, k and v are one matrix"),
         ("glm4v", ["--keep-heads", "6"], "heads with rotary embeddings of several axes"),
         ("glm4v_native", ["--keep-ffn", "64"], "stock transformers does not load it"),
+        ("llama_mha", ["--keep-kv-heads", "4", "--kv-merge", "drop"], "heads with a KV head each"),
     ],
 )
 def test_where_torch_prunings_graph_is_wrong_the_plan_says_so(
     family: str, cut: list[str], why: str, tmp_path: Path, main: Main
 ) -> None:
-    model = getattr(tiny, family)(tmp_path / "model")
+    name, mha, _ = family.partition("_mha")
+    model = getattr(tiny, name)(tmp_path / "model", **({"num_key_value_heads": 8} if mha else {}))
     code, _, said = main("prune", str(model), "-o", str(tmp_path / "out"), "--criterion", "tp-magnitude", *cut, *TEXT)
-    assert code == 2 and f"this {family}: {why}" in said and not (tmp_path / "out").exists(), said
+    assert code == 2 and f"this {name}: {why}" in said and not (tmp_path / "out").exists(), said
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_graph_of_torch_pruning_that_has_no_end_is_left(family: str, tmp_path: Path, main: Main) -> None:
+    """Where two query heads share a KV head."""
+    model = getattr(tiny, family)(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
+    line = ["prune", str(model), "--criterion", "tp-magnitude", *TEXT, "--threads", "1", "-q"]
+    code, _, said = main(*line, "-o", str(tmp_path / "out"), "--heads", "0.5")
+    assert code == 2 and "layer 0 heads: Torch-Pruning finds no end in the graph of this" in said
+    assert not (tmp_path / "out").exists()
+    assert main(*line, "-o", str(tmp_path / "out"), "--ffn", "0.3")[0] == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_torch_pruning_looks_at_layers_that_differ(family: str, tmp_path: Path, main: Main) -> None:
+    line = ["--threads", "1", "-q", *TEXT]
+    model, cut = getattr(tiny, family)(tmp_path / "model"), tmp_path / "cut"
+    assert main("prune", str(model), "-o", str(cut), "--pin", "layers.1.mlp=40", *line)[0] == 0
+    pins = ["--pin", "layers.0.self_attn=4", "--pin", "layers.1.mlp=32"]
+    code, _, said = main("prune", str(cut), "-o", str(tmp_path / "out"), "--criterion", "tp-magnitude", *pins, *line)
+    assert code == 0, said
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -133,6 +133,7 @@ def _whole(
         "heads whose q, k and v are one matrix": "heads" in cut
         and f"{QKV_FUSED}.weight" in family.layer(sizes, config),
         "heads with rotary embeddings of several axes": "heads" in cut and family.text != "model",
+        "heads with a KV head each": "heads" in cut and sizes.group_size == 1,
     }
     wrong = ", ".join(reason for reason, holds in reasons.items() if holds)
     if wrong:

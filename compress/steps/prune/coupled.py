@@ -7,7 +7,9 @@ couples must be what the family's description cuts: anything else ends the run b
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -25,6 +27,7 @@ from compress.stream.forward import check_numbers
 from compress.stream.stock import quiet
 
 TRACED = 16  # tokens of the input with which the graph is traced
+ROUNDS = 16  # times that a group may come to the same operation; in those that end it comes there twice
 
 
 def scored(job: Job, ids: torch.Tensor, groups: Sequence[Sequence[Group]], needs: frozenset[Statistic]) -> Found:
@@ -38,10 +41,12 @@ def scored(job: Job, ids: torch.Tensor, groups: Sequence[Sequence[Group]], needs
         importance = import_module(f"compress.criteria.{kind}").importance
         with quiet():
             model = load_stock(job.source, torch.float32)
-            model.set_attn_implementation("eager")  # its graph fails under sdpa
+            for module in model.modules():  # layers that differ have a config each
+                if hasattr(module, "config"):
+                    module.config._attn_implementation = "eager"  # its graph fails under sdpa
         if kind == "tp_taylor":
             _backward(model, {i: _prefix(job.family, i) for i, own in enumerate(groups) if own}, ids, job.progress)
-        graph = _graph(model, ids[:1, :TRACED])
+        graph = _Graph(model, ids[:1, :TRACED])
         for index, own in enumerate(groups):
             for group in own:
                 score = _score(model, graph, job.family, index, group, importance)
@@ -75,29 +80,66 @@ def _checking(layer: int) -> Callable[[nn.Module, Any, Any], None]:
     return check
 
 
-def _graph(model: Any, ids: torch.Tensor) -> Any:
-    """Torch-Pruning's dependency graph of the model."""
-    import torch_pruning
+class _Graph:
+    """Torch-Pruning's dependency graph of the model, of which groups end."""
 
-    for config in (model.config, model.config.get_text_config()):
-        config.use_cache = False  # a cache among the outputs cannot be traced
-    model.requires_grad_(True)  # it follows what autograd recorded
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unwrapped parameters")  # norms, of sizes that stay
-        return torch_pruning.DependencyGraph().build_dependency(
-            model, example_inputs={"input_ids": ids}, output_transform=lambda output: output.logits
-        )
+    def __init__(self, model: Any, ids: torch.Tensor) -> None:
+        import torch_pruning
+
+        for config in (model.config, model.config.get_text_config()):
+            config.use_cache = False  # a cache among the outputs cannot be traced
+        model.requires_grad_(True)  # it follows what autograd recorded
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unwrapped parameters")  # norms, of sizes that stay
+            self._graph = torch_pruning.DependencyGraph().build_dependency(
+                model, example_inputs={"input_ids": ids}, output_transform=lambda output: output.logits
+            )
+        self._passed: Counter[int] = Counter()
+        for node in self._graph.module2node.values():
+            for dependency in node.dependencies:
+                dependency.is_triggered_by = self._counted(dependency.is_triggered_by)
+
+    def group(self, reader: nn.Module, columns: list[int]) -> Any:
+        """What is coupled to the columns of `reader`; None where Torch-Pruning would go round for ever: where two query
+        heads share a KV head it takes the rotary halves for ever larger indices (version 1.6.1)."""
+        import torch_pruning
+
+        self._passed.clear()
+        with suppress(_Endless):
+            return self._graph.get_pruning_group(reader, torch_pruning.prune_linear_in_channels, idxs=columns)
+        return None
+
+    def _counted(self, asked: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        def again(handler: Any) -> bool:
+            self._passed[id(asked)] += 1
+            if self._passed[id(asked)] > ROUNDS:
+                raise _Endless
+            return asked(handler)
+
+        return again
+
+
+class _Endless(Exception):
+    """A group passes the same operation again and again."""
 
 
 def _score(
-    model: nn.Module, graph: Any, family: Family, layer: int, group: Group, normalized_by: Callable[[str | None], Any]
+    model: nn.Module,
+    graph: _Graph,
+    family: Family,
+    layer: int,
+    group: Group,
+    normalized_by: Callable[[str | None], Any],
 ) -> torch.Tensor:
     """The mean importance of every unit's columns [units], once the graph couples to them what the family cuts."""
-    import torch_pruning
-
     reader = model.get_submodule(_prefix(family, layer) + group.reader)
     columns = list(range(group.units * group.width))
-    coupled = graph.get_pruning_group(reader, torch_pruning.prune_linear_in_channels, idxs=columns)
+    coupled = graph.group(reader, columns)
+    if coupled is None:
+        raise UserError(
+            f"layer {layer} {group.name}: Torch-Pruning finds no end in the graph of this {family.name}: another "
+            "criterion is needed"
+        )
     names = {module: name for name, module in model.named_modules()}
     seen = set(_roots(coupled, names))
     expected = {
