@@ -7,7 +7,7 @@ from compress.checkpoint.headers import Header
 from compress.data import expected_tokens
 from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, JOINT_BYTES, VOCAB_BYTES
 from compress.steps.prune.ahead import Ahead
-from compress.steps.prune.options import PruneOptions
+from compress.steps.prune.options import ALIGNED, PruneOptions
 from compress.steps.prune.tower import TowerLeft
 from compress.steps.types import PlanContext
 
@@ -35,6 +35,9 @@ def peak(
     batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
     vocabulary = 2 * VOCAB_BYTES
     merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
+    if options.kv_merge == ALIGNED and (options.keep_kv_heads or options.kv_cache_bytes):
+        # of the heads that become one, in float64: their moments, what they are multiplied to, eigenvectors, workspace
+        merging += 5 * 8 * (sizes.kv_heads // (options.keep_kv_heads or 1) * sizes.head_dim) ** 2
     depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
     seen, joint = (2 * 4 * tokens * sizes.hidden, _joint(sizes, tokens)) if options.joint_refit else (0, 0)
     work = max(solver, batch + joint, vocabulary, merging, depth)
