@@ -111,7 +111,8 @@ class Family:
     architecture: the stock class that config.json must name.
     text: module path of the decoder in the stock model. stored: what its tensors' names begin with on disk, where that
     is another. parts: what it calls its embedding, its layers and its last norm. head: name of the output matrix.
-    rope: order of the rotary rows of a head in q_proj and k_proj, `interleaved` or `half-split`.
+    rope: order of the rotary rows of a head in q_proj and k_proj, `interleaved` or `half-split`;
+    rotary: the share of them that its config class fills in for a missing partial_rotary_factor.
     layer: shapes of one layer's tensors, in the family's order, from Sizes and the text config.
     groups: what can be cut. refuse: a reason why planned sizes, beside the raw config, cannot be loaded by stock
     transformers, or None. rewrites: the labels under which it can be loaded then.
@@ -144,6 +145,7 @@ class Family:
     stock: Rewrite | None = None
     stored: str | None = None
     vllm: str | None = None
+    rotary: float = 1.0
     defaults: Mapping[str, int] = field(default_factory=dict)
     head_beside: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     parts: Parts = Parts()

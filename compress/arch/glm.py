@@ -35,6 +35,7 @@ GLM = replace(
     model_type="glm",
     architecture="GlmForCausalLM",
     rope=INTERLEAVED,
+    rotary=0.5,
     layer=_layer,
     groups=_groups,
     refuse=lambda sizes, config: None,

@@ -36,9 +36,10 @@ def dividing(sizes: Sizes, family: str) -> str | None:
     if sizes.hidden % sizes.heads:
         fits = [n for n in range(sizes.kv_heads, sizes.hidden + 1, sizes.kv_heads) if sizes.hidden % n == 0]
         near = sorted(sorted(fits, key=lambda n: abs(n - sizes.heads))[:2])
+        does = f"; {' and '.join(map(str, near))} {'do' if len(near) > 1 else 'does'}" if near else ""
         return (
             f"stock transformers loads a {family} only if its heads divide hidden_size: {sizes.heads} does not divide "
-            f"{sizes.hidden}; {' and '.join(map(str, near))} do"
+            f"{sizes.hidden}{does}"
         )
     return None
 

@@ -13,7 +13,7 @@ from compress.arch.family import Group, Sizes
 from compress.arch.layer import QKV_FUSED, decoder_layer, ffn_fused, query_heads
 from compress.arch.llama import LLAMA
 from compress.arch.refusals import no_null
-from compress.arch.rope import rotary_rows
+from compress.arch.rope import rotary_share
 
 
 def _layer(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -32,7 +32,7 @@ def _refuse(sizes: Sizes, config: Mapping[str, Any]) -> str | None:
     if not isinstance(rope, Mapping):
         return None
     factors = [rope[key] for key in ("short_factor", "long_factor") if isinstance(rope.get(key), list)]
-    counted = rotary_rows(replace(sizes, head_dim=sizes.hidden // sizes.heads), config) // 2
+    counted = int(sizes.hidden // sizes.heads * rotary_share(config)) // 2
     if all(len(each) == counted for each in factors):
         return None
     return (

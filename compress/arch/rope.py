@@ -21,18 +21,23 @@ HALF_SPLIT = "half-split"
 Orders = Mapping[str, list[int]]  # module of a layer -> its new row i is its old row order[i]
 
 
-def rotary_rows(sizes: Sizes, config: Mapping[str, Any]) -> int:
-    """How many rows of a head rotate, as stock transformers reads the text config (old spellings included).
-
-    UserError for a share that is no number from 0 to 1.
-    """
+def rotary_share(config: Mapping[str, Any], untold: float = 1.0) -> float:
+    """What share of a head's rows rotates, as stock transformers reads the text config (old spellings included);
+    `untold`: what its class fills in. UserError for a share that is no number from 0 to 1."""
     told = config.get("rope_scaling") or config.get("rope_parameters")
     rope = told if isinstance(told, Mapping) else {}
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    share = 1.0 if share is None else share
+    share = untold if share is None else share
     if type(share) not in (int, float) or not 0 <= share <= 1:
         raise UserError(f"config.json: partial_rotary_factor must be a number from 0 to 1, found {share!r}")
-    return int(sizes.head_dim * share)
+    return float(share)
+
+
+def rotary_rows(sizes: Sizes, config: Mapping[str, Any], untold: float = 1.0) -> int:
+    """How many rows of a head rotate, in pairs: stock classes take one angle for every second row, so an odd number of
+    them takes one row more. UserError as `rotary_share`."""
+    rows = int(sizes.head_dim * rotary_share(config, untold))
+    return rows + rows % 2
 
 
 def head_order(head_dim: int, rotary: int, before: str, after: str) -> list[int]:

@@ -65,7 +65,8 @@ def copied(folder: Path, turned: bool) -> Path:
         keys, values = torch.eye(d), torch.eye(d)
         if turned:
             values = torch.eye(d) + 0.3 * torch.randn(d, d, generator=generator)
-            rotary = rotary_rows(sizes, header.text_config) if still is None or still[index] else 0
+            moves = still is None or still[index]
+            rotary = rotary_rows(sizes, header.text_config, family.rotary) if moves else 0
             if "self_attn.k_norm.weight" not in layer:
                 keys = allowed(d, rotary, family.rope, generator)
         k, v = key_and_value(layer, sizes.heads, d)
@@ -105,6 +106,41 @@ def test_heads_that_differ_by_what_can_be_undone_become_one_without_loss(family:
     # averaging does not undo it
     plain = prune(source, tmp_path / "plain", keep_kv_heads=1, kv_merge="mean", refit=False, force=True)
     assert not torch.allclose(logits(load(plain), IDS), logits(whole, IDS), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["glm", "glm4"])
+def test_a_share_of_rotary_rows_that_the_config_leaves_out_is_that_of_the_stock_class(
+    family: str, tmp_path: Path
+) -> None:
+    source = copied(source_of(family, tmp_path / "source"), turned=True)
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("rope_parameters")["partial_rotary_factor"] == 0.5
+    (source / "config.json").write_text(json.dumps(config))
+    out = prune(source, tmp_path / "out", keep_kv_heads=1, refit=False, force=True)
+    torch.testing.assert_close(logits(load(out), IDS), logits(load(source), IDS), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["glm", "phi3"])
+def test_an_odd_number_of_rotary_rows_takes_one_row_more(family: str, tmp_path: Path) -> None:
+    """As the stock classes do, for which half of 10 rows is 6 of them."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    sizes = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope}
+    sizes |= {"head_dim": 10} if family == "glm" else {}
+    source = copied(source_of(family, tmp_path / "source", **sizes), turned=True)
+    out = prune(source, tmp_path / "out", keep_kv_heads=1, refit=False, force=True)
+    torch.testing.assert_close(logits(load(out), IDS), logits(load(source), IDS), rtol=2e-3, atol=2e-3)
+
+
+def test_a_cache_takes_the_count_that_the_stock_class_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Biases keep a llama from being a mistral, so heads must divide hidden_size: 5 of 8 do not."""
+    sizes = {"num_key_value_heads": 8, "num_attention_heads": 8, "attention_bias": True}
+    source = source_of("llama", tmp_path / "source", **sizes)
+    line = ["prune", str(source), "-o", str(tmp_path / "out"), "--kv-merge", "drop", "--dry-run", "--json"]
+    assert main([*line, "--kv-cache-bytes", "1000"]) == 0
+    notes = " ".join(json.loads(capsys.readouterr().out)["steps"][0]["notes"])
+    assert "4 KV heads: 768 bytes a token, the most that fit; the next is 8 KV heads" in notes
+    assert main([*line, "--keep-kv-heads", "5"]) == 2
+    assert "5 does not divide 64; mistral" in capsys.readouterr().err
 
 
 def test_the_mean_of_equal_heads_is_the_head(tmp_path: Path) -> None:

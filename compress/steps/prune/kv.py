@@ -197,7 +197,7 @@ def rotating_pairs(stream: Stream, header: Header, layer: int, names: Container[
         return None
     told = getattr(stream.text.config, "no_rope_layers", None)  # of smollm3; 1: it rotates, whatever the name says
     still = isinstance(told, list) and not told[layer]
-    rotary = 0 if still else rotary_rows(stream.family.sizes(header), header.text_config)
+    rotary = 0 if still else rotary_rows(stream.family.sizes(header), header.text_config, stream.family.rotary)
     rows = torch.arange(rotary, device=stream.device)
     pairs: torch.Tensor = rows.view(-1, 2).T if stream.family.rope == INTERLEAVED else rows.view(2, -1)
     return pairs

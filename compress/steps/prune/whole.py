@@ -48,7 +48,7 @@ def layers_left(
         complain("keep_layers", f"{keep} layers cannot stay: images enter the first {first}, which do not go")
         return None
     one = layers[0]
-    found = _kv_heads(before, replace(one.sizes, layers=keep), len(layers), options, complain)
+    found = _kv_heads(before, family, replace(one.sizes, layers=keep), len(layers), options, complain)
     if found is None:
         return None
     heads, note = found
@@ -79,7 +79,7 @@ def _kv_key(options: PruneOptions) -> str:
 
 
 def _kv_heads(
-    before: Header, sizes: Sizes, deep: int, options: PruneOptions, refuse: Complain
+    before: Header, family: Family, sizes: Sizes, deep: int, options: PruneOptions, refuse: Complain
 ) -> tuple[int, str] | None:
     """How many KV heads stay, and how that was found; None after a complaint. `sizes`: of the layers that stay, `deep`:
     how many there were."""
@@ -99,6 +99,12 @@ def _kv_heads(
 
     def cache(count: int) -> int:
         return replace(sizes, kv_heads=count).kv_cache(DTYPE_BYTES[before.dtype])
+
+    def loadable(count: int) -> bool:
+        fewer = replace(sizes, heads=count * sizes.group_size, kv_heads=count)
+        return count == sizes.kv_heads or family.label(before.config, fewer, options.flavour)[0] is not None
+
+    counts = [count for count in counts if loadable(count)] if drop else counts  # merged ones leave the heads as many
 
     def told(count: int) -> str:
         return f"{count} KV head{'s' if count > 1 else ''}: {cache(count):,} bytes a token"
