@@ -171,9 +171,14 @@ def _compare(screen: Screen, first: Path, second: Path, cut: str) -> None:
     if not 0 < share < 1:
         raise UserError(f"--cut: found '{cut}', allowed: a number above 0 and below 1")
     rows = compare(load_sensitivity(first), load_sensitivity(second), share)
+    groups = mean_by_group(rows)
     screen.rows(
-        {"first": str(first), "second": str(second), "cut": share, "rows": rows},
+        {"first": str(first), "second": str(second), "cut": share, "groups": groups, "rows": rows},
         ("layer", "group", "spearman", "gone", "moved"),
         [[str(r["layer"]), r["group"], f"{r['spearman']:.3f}", str(r["gone"]), str(r["moved"])] for r in rows],
-        *mean_by_group(rows),
+        *(
+            f"{each['group']}: mean rank correlation {each['spearman']:.3f}; "
+            f"{each['moved']} of {each['gone']} units that go are others"
+            for each in groups
+        ),
     )

@@ -64,12 +64,11 @@ def spearman(first: Ints, second: Ints) -> float:
     return 1 - 6 * float((apart * apart).sum()) / (count * (count * count - 1))
 
 
-def mean_by_group(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a group: the mean correlation, and the moved units among those that go."""
-    lines = []
+def mean_by_group(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a group: the mean of spearman, and gone and moved of all its layers."""
+    found = []
     for name in dict.fromkeys(row["group"] for row in rows):
         mine = [row for row in rows if row["group"] == name]
-        moved, gone = (sum(row[key] for row in mine) for key in ("moved", "gone"))
-        mean = sum(row["spearman"] for row in mine) / len(mine)
-        lines.append(f"{name}: mean rank correlation {mean:.3f}; {moved} of {gone} units that go are others")
-    return lines
+        sums = {key: sum(row[key] for row in mine) for key in ("spearman", "gone", "moved")}
+        found.append({"group": name, **sums, "spearman": sums["spearman"] / len(mine)})
+    return found

@@ -308,8 +308,10 @@ def test_compare(source: Path, folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith("layer heads")  # -q leaves out progress and notes, not what was found
     assert main(["sensitivity", "--compare", str(folder), str(folder), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert len(rows) == 6 and all((row["spearman"], row["moved"]) == (1, 0) for row in rows)
+    same = json.loads(capsys.readouterr().out)
+    assert len(same["rows"]) == 6 and all((row["spearman"], row["moved"]) == (1, 0) for row in same["rows"])
+    assert [group["group"] for group in same["groups"]] == ["heads", "ffn"]
+    assert all((group["spearman"], group["moved"]) == (1, 0) and group["gone"] for group in same["groups"])
     rows = compare(load_sensitivity(folder), load_sensitivity(tmp_path / "r"), 0.5)
     for row in rows:
         assert row["gone"] == {"heads": 4, "ffn": 48}[row["group"]]
