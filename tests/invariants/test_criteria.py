@@ -218,7 +218,7 @@ def test_resumed_it_ends_with_the_same_bytes(
         patched.setattr(Ledger, "save", save)
         assert main(*line, "-o", str(tmp_path / "out"), "-q")[0] == 130
     monkeypatch.setattr(backward, "_backward", None)  # which is not made again, nor is the graph
-    monkeypatch.setattr(coupled, "_graph", None)
+    monkeypatch.setattr(coupled, "_Graph", None)
     code, _, said = main(*line, "-o", str(tmp_path / "out"))
     assert code == 0 and f"going on after {where}, where" in said, said
     for name in ("model.safetensors", "receipt.json", "sensitivity/1-prune/importance.safetensors"):
