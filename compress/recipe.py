@@ -158,9 +158,15 @@ def find(path_or_name: str | Path) -> Path:
     if path.is_file():
         return path
     known = recipes()
+    if path.is_dir() and (inner := path / "recipe.yaml").is_file():
+        raise UserError(f"{path}: a folder, not a recipe; did you mean {inner}?")
+    if str(path).startswith("demo:") or (path / "config.json").is_file():
+        raise UserError(
+            f"{path}: a model, not a recipe",
+            hint="prune, distill and quantize take a model; their --dry-run plans the step",
+        )
     if path.is_dir():
-        inner = path / "recipe.yaml"
-        raise UserError(f"{path}: a folder, not a recipe{f'; did you mean {inner}?' if inner.is_file() else ''}")
+        raise UserError(f"{path}: a folder, not a recipe")
     if str(path) in known:
         return known[str(path)]
     near = nearest(path.stem, known)

@@ -49,6 +49,7 @@ Main = Callable[..., tuple[int, str, str]]
         ),
         (["prune", "m", "-o", "o", "-q", "-v"], "-q and -v exclude each other"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["plan", "demo:smollm2-135m"], "demo:smollm2-135m: a model, not a recipe"),
         (["run", "demo", "--set", "steps.0.ratoi=1"], "--set steps.0.ratoi: unknown key; did you mean 'ratio'?"),
     ],
 )

@@ -295,6 +295,12 @@ def test_recipes_are_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pyte
         load("recipes/dmeo.yaml")
     with pytest.raises(UserError, match="a folder, not a recipe"):
         load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="a model, not a recipe"):
+        load(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(GOOD)  # a result of ours holds one
+    with pytest.raises(UserError, match=r"a folder, not a recipe; did you mean .*recipe\.yaml\?"):
+        load(tmp_path)
 
 
 def test_a_file_that_cannot_be_a_recipe_is_refused(tmp_path: Path) -> None:
