@@ -56,6 +56,8 @@ PER_LAYER: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-joint-per-layer": ("wanda", {"joint_refit": 2}),
     "obs-per-layer": ("obs", {}),
     "obs-joint-per-layer": ("obs", {"joint_refit": 2}),
+    "obs-propagated-per-layer": ("obs", {"error_propagation": 0.3}),
+    "obs-joint-propagated-per-layer": ("obs", {"joint_refit": 2, "error_propagation": 0.3}),
 }
 # the default with one thing changed
 CHANGED: dict[str, dict[str, Any]] = {

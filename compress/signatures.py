@@ -247,6 +247,10 @@ class PruneKeywords(StepKeywords, total=False):
     """Gauss-Newton steps, after the refit, that move the FFN's gate, up and down projections together towards what the
     whole FFN gave; 2 are worth their time, if quality is.
     """
+    error_propagation: float
+    """How far the FFN's refits are aimed from what the whole layer gives for what it gets from pruned layers (0) at
+    what it gave in the dense model (1), to make good what those have lost; 0.3 is worth its time, if quality is.
+    """
     damping: float
     """Ridge of the refit (and of obs), relative to the mean of the Gram matrix' diagonal."""
     held_out: float | None

@@ -60,20 +60,42 @@ class Refit:
     error_before: float
 
 
+@dataclass(frozen=True)
+class Shift:
+    """What is wanted of a Linear beside its own outputs, E [T, d]: `product` E^T X / T [d, n] with its inputs X, and
+    `energy`, the mean of |e|^2."""
+
+    product: torch.Tensor
+    energy: float
+
+
 def refit(
-    weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor, ridge: torch.Tensor, what: str = "module"
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    keep: torch.Tensor,
+    ridge: torch.Tensor,
+    what: str = "module",
+    shift: Shift | None = None,
 ) -> Refit:
     """Least-squares refit of the kept columns from the original weights.
 
     V = (C[:,K] + W[:,K] L) (H[K,K] + L)^-1 with C = W H and L = diag(ridge[K]): the minimum over V of
     ||V X_K - W X||^2 / T + ||(V - W_K) L^(1/2)||^2.  weight [d, n], hessian [n, n], keep [k] ascending, ridge [n].
+    With a shift W X + E is wanted in the place of W X, and errors are relative to it.
     """
     product, energy = _outputs(weight, hessian)
+    if shift is not None:
+        energy += 2 * float((shift.product * weight).sum(dtype=torch.float64)) + shift.energy
+        product += shift.product
     _check_numbers(energy, what)
     product = product[:, keep]
     inner = hessian[keep][:, keep].to(working_dtype(len(hessian)))
     solved = _solved(weight[:, keep], inner, product, ridge[keep], what)
-    error, before = _error(solved, inner, product, energy), _lost(weight, hessian, keep, energy)
+    error = _error(solved, inner, product, energy)
+    if shift is None:
+        before = _lost(weight, hessian, keep, energy)
+    else:
+        before = _error(weight[:, keep].to(inner.dtype), inner, product, energy)
     return Refit(solved.to(torch.float32).contiguous(), error, before)
 
 

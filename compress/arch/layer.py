@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from compress.arch.family import Cut, Group, Sizes
 
@@ -35,6 +35,12 @@ def decoder_layer(
     weights |= {f"{name}.weight": (h,) for name in norms}
     weights |= {f"{name}.weight": (sizes.head_dim,) for name in head_norms}
     return dict(sorted(weights.items())) | {f"{name}.bias": linears[name][:1] for name in biases}
+
+
+def norm_behind_ffn(shapes: Collection[str]) -> str | None:
+    """The norm through which a layer with tensors of these names adds what its FFN gives to the residual stream."""
+    names = ("post_mlp_layernorm", "post_feedforward_layernorm")
+    return next((name for name in names if f"{name}.weight" in shapes), None)
 
 
 def ffn_fused(sizes: Sizes) -> Group:

@@ -54,27 +54,41 @@ class Gram:
         return self._sum.div_(self._tokens or 1)
 
 
-class Cross:
-    """H = X^T X / T [n, n], C = Y^T X / T [d, n] and the mean of |y|^2, of the inputs X and the wanted outputs Y."""
+class Product:
+    """C = Y^T X / T [d, n] and the mean of |y|^2, of inputs X and outputs Y that need not be theirs."""
 
     def __init__(self, outputs: int, columns: int, device: str) -> None:
-        self._gram = Gram(columns, 1, device)
         self._product = torch.zeros(outputs, columns, dtype=torch.float32, device=device)
         self._energy = torch.zeros((), dtype=torch.float64, device=device)
         self._tokens = 0.0
 
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor, weights: Weights = None) -> None:
+        """Add inputs [windows, L, n] and the outputs [windows, L, d] beside them, both float32."""
+        flat, other = inputs.flatten(0, -2), outputs.flatten(0, -2)
+        self._product.addmm_(_times(other, weights).T, flat)
+        self._energy += _times(other.square(), weights).sum(dtype=torch.float64)
+        self._tokens += _total(inputs, weights)
+
+    def result(self) -> tuple[torch.Tensor, float]:
+        """C, E|y|^2; call it once, when all is added."""
+        tokens = self._tokens or 1
+        return self._product.div_(tokens), float(self._energy) / tokens
+
+
+class Cross:
+    """H = X^T X / T [n, n], C = Y^T X / T [d, n] and the mean of |y|^2, of the inputs X and the wanted outputs Y."""
+
+    def __init__(self, outputs: int, columns: int, device: str) -> None:
+        self._gram, self._product = Gram(columns, 1, device), Product(outputs, columns, device)
+
     def add(self, inputs: torch.Tensor, wanted: torch.Tensor, weights: Weights = None) -> None:
         """Add inputs [windows, L, n] and what is wanted for them [windows, L, d], both float32."""
-        flat, target = inputs.flatten(0, -2), wanted.flatten(0, -2)
         self._gram.add(inputs, weights)
-        self._product.addmm_(_times(target, weights).T, flat)
-        self._energy += _times(target.square(), weights).sum(dtype=torch.float64)
-        self._tokens += _total(inputs, weights)
+        self._product.add(inputs, wanted, weights)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """H, C, E|y|^2; call it once, when all is added."""
-        tokens = self._tokens or 1
-        return self._gram.result(), self._product.div_(tokens), float(self._energy) / tokens
+        return self._gram.result(), *self._product.result()
 
 
 class Square:

@@ -99,6 +99,7 @@ def other_refit(options: PruneOptions, damping: float) -> list[str]:
         "damping": None if options.damping == damping or not options.refit else f"{options.damping:g}",
         "held_out": None if options.held_out is None else f"{options.held_out:g}",
         "joint_refit": options.joint_refit or None,
+        "error_propagation": f"{options.error_propagation:g}" if options.error_propagation else None,
         "token_weights": None if options.token_weights == "none" else options.token_weights,
         "token_shares": options.token_shares,
     }

@@ -39,9 +39,11 @@ def peak(
         # of the heads that become one, in float64: their moments, what they are multiplied to, eigenvectors, workspace
         merging += 5 * 8 * (sizes.kv_heads // (options.keep_kv_heads or 1) * sizes.head_dim) ** 2
     depth = 4 * (sizes.layers - layers + 1) * DEPTH_POSITIONS * sizes.hidden if layers < sizes.layers else 0
+    # the dense model's hidden states, and the products of the FFN's inputs with what is lost
+    dense = 4 * (tokens * sizes.hidden + 2 * sizes.hidden * sizes.ffn) if options.error_propagation else 0
     seen, joint = (2 * 4 * tokens * sizes.hidden, _joint(sizes, tokens)) if options.joint_refit else (0, 0)
     work = max(solver, batch + joint, vocabulary, merging, depth)
-    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + seen + work
+    alive = 4 * tokens * sizes.hidden + 10 * layer + gram + seen + dense + work
     alive = max(max(alive, first.memory) + tower.held, tower.memory)
     # a quarter more for what the allocator cannot reuse; 128 MiB for stock classes and tokenizer, loaded on first use
     return alive + alive // 4 + 128 * 2**20

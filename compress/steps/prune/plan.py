@@ -8,6 +8,7 @@ from typing import cast
 
 from compress.arch import Family, family_of
 from compress.arch.kv import KV_HEADS
+from compress.arch.layer import norm_behind_ffn
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import files_bytes
@@ -101,6 +102,8 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     losing, kv = decided.losing, bool(decided.left.kv)
     if options.joint_refit and (wrong := _no_joint(options, family, losing)) is not None:
         complain("joint_refit", wrong)
+    if options.error_propagation and (wrong := _no_propagation(options, before, family, losing)) is not None:
+        complain("error_propagation", wrong)
     share = decoder.removed(keep) / decoder.matrix_parameters
     parameters, nbytes = decoder.measure(keep)
     first = ahead(options, before, family, layer_parameters(before), losing, context, complain)
@@ -113,8 +116,9 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
         parameters=parameters,
         nbytes=nbytes,
         memory=peak(sizes, options, context, before, len(keep), first, tower),
-        # hidden states, and the next before the last ones go
-        scratch=max(2 * 4 * tokens_of(context) * sizes.hidden, first.scratch) + 2 * tower.held,
+        # hidden states (the dense model's as well, where errors propagate), and the next before the last ones go
+        scratch=max((4 if options.error_propagation else 2) * 4 * tokens_of(context) * sizes.hidden, first.scratch)
+        + 2 * tower.held,
         notes=(
             _told(decided, before, share),
             *decided.by_hand.notes,
@@ -216,6 +220,22 @@ def _thin(decoder: Decoder, keep: Keeps) -> list[str]:
         return []
     left, whole = keep[least[1]]["ffn"], own(decoder.layers[least[1]], "ffn")
     return [f"what is fixed by hand leaves {left:,} of {whole:,} FFN neurons to layer {least[1]}: expect a poor result"]
+
+
+def _no_propagation(options: PruneOptions, before: Header, family: Family, losing: Collection[str]) -> str | None:
+    """What is wrong with error propagation."""
+    if not options.refit:
+        return "errors propagate into the refit, which refit: false leaves out"
+    if "ffn" not in losing:
+        return "no FFN neurons go, so there is no refit that errors could propagate into"
+    if options.held_out is not None:
+        return "not with held_out, whose windows choose a damping for the plain refit"
+    if family.traced:
+        return f"how a {family.name} adds what its FFN gives to the residual stream is not described"
+    norm = norm_behind_ffn(family.layer(family.sizes(before), before.text_config))
+    if norm is not None:
+        return f"a {family.name} adds what its FFN gives through a norm, {norm}"
+    return None
 
 
 def _no_joint(options: PruneOptions, family: Family, losing: Collection[str]) -> str | None:

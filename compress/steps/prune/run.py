@@ -39,6 +39,7 @@ from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import DROP, PruneOptions
 from compress.steps.prune.plan import PrunePlan
+from compress.steps.prune.propagation import Dense
 from compress.steps.prune.scores import Chosen, Errors
 from compress.steps.prune.surgery import columns, cut, select, view
 from compress.steps.prune.vision import CutTower, cut_tower
@@ -153,6 +154,7 @@ class _Pruner:
         self.wanted = gathered(plan, self.groups)
         self.gradients: Found = []  # of the layers to come
         self.positions: torch.Tensor | None = None  # of all tokens, where images stand between them
+        self.dense: Dense | None = None  # where errors propagate
         self.chosen: list[dict[str, Chosen]] = []
         heads = layers[0].sizes.kv_heads
         self.kv = kv_heads(layers[0].sizes, self.names)
@@ -222,6 +224,8 @@ class _Pruner:
         self.packer.restore(facts["packed"])
         done = f"{len(self.chosen)} layers" if self.chosen else "what the criterion takes of the dense model"
         self.job.progress.note(f"going on after {done}, where an earlier run ended")
+        if "dense" in tensors:
+            self.dense = Dense(self.before, tensors["dense"], self.positions, len(self.chosen))
         return tensors.get("hidden"), tensors["probe"]
 
     def _first(self, ids: torch.Tensor, probe_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -233,6 +237,8 @@ class _Pruner:
         hidden, probe = (self.before.embed(ids) if looks else None), self.probe.embed(probe_ids)
         if hidden is not None:
             show(self.before, hidden, ids, self.sight.images, self.job.progress)
+            if self.options.error_propagation:
+                self.dense = Dense(self.before, hidden.clone(), self.positions, 0)
         if any(self.gradients):
             self._save(hidden, probe)
         return hidden, probe
@@ -246,6 +252,8 @@ class _Pruner:
         tensors |= self.tower.kept().tensors
         if hidden is not None:
             tensors["hidden"] = hidden
+        if self.dense is not None:
+            tensors["dense"] = self.dense.hidden
         written = sorted(self.writer.written)
         facts = {"errors": scores.errors(self.chosen), "written": written, "packed": self.packer.state()}
         facts |= {"depth": None if self.depth is None else self.depth.document(), "merged": self.merged}
@@ -258,7 +266,8 @@ class _Pruner:
         original = {name: self.streamed.tensor(self.job.family.prefix(index) + name) for name in self.names}
         tensors, groups = original, self.groups[place]
         fed = None if hidden is None else Fed(hidden, self.weights.of(hidden), self.positions)
-        read = look(self.before, index, groups, tensors, fed, self.wanted, self.options)
+        dense = None if self.dense is None else self.dense.behind(index)
+        read = look(self.before, index, groups, tensors, fed, self.wanted, self.options, dense)
         picked: dict[str, Chosen] = {}
         for group in groups:
             what = f"layer {index} {group.name}"
@@ -282,7 +291,8 @@ class _Pruner:
                 pass  # o_proj is refitted when the KV heads are merged
             elif hessian is not None and self.options.refit:
                 damping, held_out = self._damping(seen, kept_columns, read.held.pop(group.name, None))
-                result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what)
+                shift = read.shift if group.name == FFN else None
+                result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what, shift)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
                 error, before = result.error, result.error_before
                 if read.ffn is not None and group.name == FFN:
