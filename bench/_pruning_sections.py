@@ -15,9 +15,8 @@ METHODS = {
     "wanda-joint-per-layer": "wanda + joint refit, 2 steps, per-layer widths, heads against FFN",
     "obs-per-layer": "obs + refit, per-layer widths, heads against FFN",
     "obs-joint-per-layer": "obs + joint refit, 2 steps, per-layer widths, heads against FFN",
-    "obs-propagated-per-layer": "obs + refit, error propagation 0.3, per-layer widths, heads against FFN",
-    "obs-joint-propagated-per-layer": "obs + joint refit, 2 steps, error propagation 0.3, per-layer widths, heads against "
-    "FFN",
+    "obs-propagated-per-layer": "obs + refit, propagation, per-layer widths, heads against FFN",
+    "obs-joint-propagated-per-layer": "obs + joint refit, 2 steps, propagation, per-layer widths, heads against FFN",
     "wanda-held-out": "wanda + refit, damping chosen on held-out windows",
     "obs": "obs + refit",
     "flap": "flap + refit",

@@ -82,6 +82,7 @@ HEAVY = {
     "compress.steps.prune.inputs",
     "compress.steps.prune.joint",
     "compress.steps.prune.kv",
+    "compress.steps.prune.propagation",
     "compress.steps.prune.run",
     "compress.steps.prune.scores",
     "compress.steps.prune.surgery",
