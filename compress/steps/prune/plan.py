@@ -8,7 +8,6 @@ from typing import cast
 
 from compress.arch import Family, family_of
 from compress.arch.kv import KV_HEADS
-from compress.arch.layer import norm_behind_ffn
 from compress.checkpoint import per_layer
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import files_bytes
@@ -102,7 +101,7 @@ def plan(before: Header, options: PruneOptions, context: PlanContext, complain: 
     losing, kv = decided.losing, bool(decided.left.kv)
     if options.joint_refit and (wrong := _no_joint(options, family, losing)) is not None:
         complain("joint_refit", wrong)
-    if options.error_propagation and (wrong := _no_propagation(options, before, family, losing)) is not None:
+    if options.error_propagation and (wrong := _no_propagation(options, family, losing)) is not None:
         complain("error_propagation", wrong)
     share = decoder.removed(keep) / decoder.matrix_parameters
     parameters, nbytes = decoder.measure(keep)
@@ -222,7 +221,7 @@ def _thin(decoder: Decoder, keep: Keeps) -> list[str]:
     return [f"what is fixed by hand leaves {left:,} of {whole:,} FFN neurons to layer {least[1]}: expect a poor result"]
 
 
-def _no_propagation(options: PruneOptions, before: Header, family: Family, losing: Collection[str]) -> str | None:
+def _no_propagation(options: PruneOptions, family: Family, losing: Collection[str]) -> str | None:
     """What is wrong with error propagation."""
     if not options.refit:
         return "errors propagate into the refit, which refit: false leaves out"
@@ -232,9 +231,6 @@ def _no_propagation(options: PruneOptions, before: Header, family: Family, losin
         return "not with held_out, whose windows choose a damping for the plain refit"
     if family.traced:
         return f"how a {family.name} adds what its FFN gives to the residual stream is not described"
-    norm = norm_behind_ffn(family.layer(family.sizes(before), before.text_config))
-    if norm is not None:
-        return f"a {family.name} adds what its FFN gives through a norm, {norm}"
     return None
 
 

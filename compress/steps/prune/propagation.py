@@ -8,7 +8,9 @@ propagation its aim is moved from there towards what the layer gave in the dense
 F(x_t) what its whole FFN gives, h'_t what goes into the layer behind pruned layers, h_t in the dense model, and a from
 0 to 1 how far (after Arai & Ichikawa 2025, QEP, arXiv:2504.09629, who let the error of quantized inputs pass into one
 Linear; here that of the whole residual stream). For it the dense model's hidden states pass beside the pruned one's.
-What the FFN gives must be added to the residual stream as it is.
+Where the layer adds what its FFN gives through a norm N(y) = g * y / rms(y), what is wanted behind it is e_t, and in
+front of it rms(F(x_t)) e_t / g, with a floor under g: the Jacobian of N inverted, but for the one direction in which y
+only grows and N does not see it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import torch
 from torch import nn
 
 from compress.arch import Group
+from compress.arch.layer import norm_behind_ffn
 from compress.solve import Shift
 from compress.steps.prune.gauss_newton import Seen
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, check_numbers
 from compress.stream.statistics import Product
+
+FLOOR = 1e-2  # of the mean square of a norm's gains, under them: what hardly passes one is hardly wanted
 
 
 class Dense:
@@ -59,11 +64,12 @@ class Shifting:
     def watching(self, layer: nn.Module, seen: Seen | None) -> Iterator[None]:
         """While open, all windows pass through `layer`, in their order; after the hooks that fill `seen`."""
         passed = 0
-        read: list[torch.Tensor] = []
+        held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        gain = _inverse_gains(layer, self._dense.shape[-1])
 
-        def inside(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def inside(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             del module
-            read.append(args[0])
+            held.append((args[0].float(), out.float()))
 
         def after(module: nn.Module, args: Any, out: Any) -> None:
             del module, args
@@ -72,15 +78,18 @@ class Shifting:
             here = slice(passed, passed + len(found))
             gave = self._dense[here].to(found.device).float()
             apart = (gave - found.float()).mul_(self._share)
+            read, alone = held.pop()
+            if gain is not None:
+                apart *= gain * alone.square().mean(-1, keepdim=True).sqrt()
             weights = None if self._fed.weights is None else self._fed.weights[here].to(found.device)
-            self._sum.add(read.pop().float(), apart, weights)
+            self._sum.add(read, apart, weights)
             if seen is not None:
                 part = seen.outputs[here]
                 part.copy_(part.to(found.device).float() + apart)
             passed += len(found)
 
         handles = [
-            layer.get_submodule(self._group.reader).register_forward_pre_hook(inside),
+            layer.get_submodule(self._group.reader).register_forward_hook(inside),
             layer.register_forward_hook(after),
         ]
         try:
@@ -92,3 +101,14 @@ class Shifting:
     def result(self) -> Shift:
         """Call it once, when all windows have passed."""
         return Shift(*self._sum.result())
+
+
+def _inverse_gains(layer: nn.Module, hidden: int) -> torch.Tensor | None:
+    """1 / g [hidden] of the norm between the layer's FFN and its residual stream, floored; None where there is none."""
+    name = norm_behind_ffn(dict(layer.named_parameters()))
+    if name is None:
+        return None
+    weight = layer.get_parameter(f"{name}.weight")
+    ones = torch.ones(1, hidden, device=weight.device, dtype=weight.dtype)  # a norm gives its gains for them
+    gain: torch.Tensor = layer.get_submodule(name)(ones)[0].float()
+    return gain / (gain.square() + FLOOR * gain.square().mean())
