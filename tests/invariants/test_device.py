@@ -45,7 +45,7 @@ def on_gpu() -> Iterator[OnGpu]:
 )
 def test_prune(family: str, criterion: str, tmp_path: Path, main: Main, on_gpu: OnGpu) -> None:
     model = getattr(tiny, family)(tmp_path / "model")
-    joint = ["--joint-refit", "2"] if criterion == "wanda" else []
+    joint = ["--joint-refit", "2", "--error-propagation", "0.3"] if criterion == "wanda" else []
     work = ["prune", str(model), *CUT, *TEXT, "--criterion", criterion, *joint, "-o"]
     code, said, products = on_gpu(*work, str(tmp_path / "gpu"), device="auto")
     assert code == 0, said

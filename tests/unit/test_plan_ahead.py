@@ -76,6 +76,15 @@ def test_what_a_joint_refit_keeps_of_the_inside_is_counted(tmp_path: Path) -> No
     assert 3 * 4 * 64 * 512 * 820 < more < 2 * JOINT_BYTES
 
 
+def test_the_dense_states_beside_the_pruned_ones_are_counted(tmp_path: Path) -> None:
+    """In memory, and in the state that a later run begins with, which the next one replaces only when it is whole."""
+    model = tiny.llama(tmp_path / "model")
+    one, other = planned(model), planned(model, error_propagation=0.3)
+    states = 4 * 64 * 512 * 64
+    assert states < other.memory - one.memory < 2 * states
+    assert other.scratch - one.scratch == 2 * states
+
+
 @pytest.mark.parametrize("criterion", ["taylor", "fisher"])
 def test_capped_logits_have_no_gradient_here(criterion: str, tmp_path: Path) -> None:
     model = tiny.gemma3_text(tmp_path / "model", final_logit_softcapping=2.0)
