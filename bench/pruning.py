@@ -54,6 +54,7 @@ OURS: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in CRITERI
 PER_LAYER: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-per-layer": ("wanda", {}),
     "wanda-joint-per-layer": ("wanda", {"joint_refit": 2}),
+    "wanda-propagated-per-layer": ("wanda", {"error_propagation": 0.3}),
     "obs-per-layer": ("obs", {}),
     "obs-joint-per-layer": ("obs", {"joint_refit": 2}),
     "obs-propagated-per-layer": ("obs", {"error_propagation": 0.3}),
