@@ -91,7 +91,8 @@ values of weight times input norm, ours their squares: 47.2 against 47.0 in `doc
 and LLM-Pruner's score are re-implemented; Torch-Pruning is its own code, FFN only. FLAP's biases on o_proj and
 down_proj have no slot in stock Llama: its model lives in memory only.
 Rows of obs are of the obs that still counted the ridge in what a unit costs, 0 to 3 % worse where both were measured
-on the same text (`docs/experiments.md`), but for those by layer at 35 %, those with the joint refit and those with propagation (`error_propagation: 0.3`).
+on the same text (`docs/experiments.md`), but for those by layer at 35 %, those with the joint refit and
+those with propagation (`error_propagation: 0.3`).
 Judged in the stored bfloat16, on processors that emulate it in float32 (`judged_in` of a row).
 
 ![perplexity after 20 % are gone: our default beside peers, and by what was calibrated on](pictures/pruning.png)
