@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from compress.arch import SAME, Family, Group, Rewrite, Sizes, family_of
 from compress.arch.kv import KV_HEADS
@@ -93,3 +94,15 @@ def label_notes(before: Family, result: Header, why: str) -> list[str]:
     if why or after.stock is not None:
         notes.append(f"loaded by {' and '.join(after.loaders_of(result.config))}")
     return notes
+
+
+def loading(after: Header) -> dict[str, Any]:
+    """Who loads the result, and in which order its rotary rows lie: shapes alone do not tell."""
+    family = family_of(after)
+    return {
+        "model_type": family.model_type,
+        "rope_layout": family.rope,
+        "stock_transformers": family.stock is None,
+        "loaded_by": list(family.loaders_of(after.config)),
+        "trust_remote_code": per_layer.is_per_layer(after.config),
+    }

@@ -17,7 +17,7 @@ import torch
 from compress.arch import Group, family_of
 from compress.arch.kv import KV_HEADS, kv_heads
 from compress.arch.rope import arranged, row_orders
-from compress.checkpoint.per_layer import is_per_layer, one_or_each
+from compress.checkpoint.per_layer import one_or_each
 from compress.checkpoint.reader import Reader
 from compress.checkpoint.writer import Writer
 from compress.criteria import CRITERIA, GroupView, Ranking, ranking_of
@@ -28,6 +28,7 @@ from compress.formats import PLAIN, decoder_linears, format_named, open_stream
 from compress.formats.packing import Packer
 from compress.solve import HeldOut, best_damping, cut_error, damping_vector, refit
 from compress.steps.prune import gradients, scores
+from compress.steps.prune.after import loading
 from compress.steps.prune.decoder import layers_of
 from compress.steps.prune.depth import Depth, check_places, find_depth, settled
 from compress.steps.prune.enough import check_held_out
@@ -94,7 +95,7 @@ def run(job: Job) -> Outcome:
         **({} if depth is None else {"layers": depth.document()}),
         **tower.document(),
         "removed": plan.removed,
-        **_loading(plan),
+        **loading(plan.after),
         **(receipt_of(plan.measured, plan.predicted_loss or 0.0) if plan.measured is not None else {}),
         "precision": pruner.why,
         "calibration": {**tokens.record, "tokens": int(ids.numel())},
@@ -340,18 +341,6 @@ class _Pruner:
         if held is None:
             return self.options.damping, None
         return best_damping(seen.reader, seen.statistics["gram"], kept, held, seen.name)
-
-
-def _loading(plan: PrunePlan) -> dict[str, Any]:
-    """Who loads the result, and in which order its rotary rows lie: shapes alone do not tell."""
-    family = family_of(plan.after)
-    return {
-        "model_type": family.model_type,
-        "rope_layout": family.rope,
-        "stock_transformers": family.stock is None,
-        "loaded_by": list(family.loaders_of(plan.after.config)),
-        "trust_remote_code": is_per_layer(plan.after.config),
-    }
 
 
 def _saved(tensors: Mapping[str, torch.Tensor]) -> bytes:
