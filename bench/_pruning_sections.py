@@ -10,14 +10,17 @@ from _markdown import Row, by_setting, described, number, table, verdict
 
 METHODS = {
     "wanda": "wanda + refit (default)",
-    "wanda-per-layer": "wanda + refit, per-layer widths, heads against FFN",
+    "wanda-per-layer": "wanda + refit, per-layer widths",
     "wanda-joint": "wanda + joint refit, 2 steps",
-    "wanda-joint-per-layer": "wanda + joint refit, 2 steps, per-layer widths, heads against FFN",
-    "wanda-propagated-per-layer": "wanda + refit, propagation, per-layer widths, heads against FFN",
-    "obs-per-layer": "obs + refit, per-layer widths, heads against FFN",
-    "obs-joint-per-layer": "obs + joint refit, 2 steps, per-layer widths, heads against FFN",
-    "obs-propagated-per-layer": "obs + refit, propagation, per-layer widths, heads against FFN",
-    "obs-joint-propagated-per-layer": "obs + joint refit, 2 steps, propagation, per-layer widths, heads against FFN",
+    "wanda-propagated": "wanda + refit, propagation",
+    "wanda-joint-propagated": "wanda + joint refit, 2 steps, propagation",
+    "wanda-joint-per-layer": "wanda + joint refit, 2 steps, per-layer widths",
+    "wanda-propagated-per-layer": "wanda + refit, propagation, per-layer widths",
+    "wanda-joint-propagated-per-layer": "wanda + joint refit, 2 steps, propagation, per-layer widths",
+    "obs-per-layer": "obs + refit, per-layer widths",
+    "obs-joint-per-layer": "obs + joint refit, 2 steps, per-layer widths",
+    "obs-propagated-per-layer": "obs + refit, propagation, per-layer widths",
+    "obs-joint-propagated-per-layer": "obs + joint refit, 2 steps, propagation, per-layer widths",
     "wanda-held-out": "wanda + refit, damping chosen on held-out windows",
     "obs": "obs + refit",
     "flap": "flap + refit",
@@ -73,19 +76,22 @@ BY_LAYER = (
     "wanda-per-layer",
     "wanda-joint-per-layer",
     "wanda-propagated-per-layer",
+    "wanda-joint-propagated-per-layer",
     "obs-per-layer",
     "obs-joint-per-layer",
     "obs-propagated-per-layer",
     "obs-joint-propagated-per-layer",
 )
-CARRIES = ("wanda", "obs", "wanda-held-out", "wanda-joint", *BY_LAYER)  # the methods that this is asked of
+# the methods that this is asked of
+CARRIES = ("wanda", "obs", "wanda-held-out", "wanda-joint", "wanda-propagated", "wanda-joint-propagated", *BY_LAYER)
 PRUNING = """\
-One shot, no training; uniform widths but where a row says per-layer. Judged by `bench/judge.py` (stock transformers,
-nothing of this package) on 64 windows of the WikiText-2 test split and of texts of other kinds that nothing is
-calibrated on (`bench/_far_texts.py` tells how they were chosen). Share of the decoder layers' attention + FFN
-parameters that goes: from the FFN alone, or with one query head of every KV head's group. Perplexity times dense;
-several seeds of the calibration: their mean, and in brackets the least and the most. One seed: behind it, where it was
-taken, the standard error over the judged windows in percent. All methods cut to the same widths.
+One shot, no training; uniform widths but where a row says per-layer (then heads go against FFN as well). Judged by
+`bench/judge.py` (stock transformers, nothing of this package) on 64 windows of the WikiText-2 test split and of texts
+of other kinds that nothing is calibrated on (`bench/_far_texts.py` tells how they were chosen). Share of the decoder
+layers' attention + FFN parameters that goes: from the FFN alone, or with one query head of every KV head's group.
+Perplexity times dense; several seeds of the calibration: their mean, and in brackets the least and the most. One seed:
+behind it, where it was taken, the standard error over the judged windows in percent. All methods cut to the same
+widths.
 Wanda-sp and Minitron's importance are our own criteria without the refit (Wanda-sp as published adds up absolute
 values of weight times input norm, ours their squares: 47.2 against 47.0 in `docs/experiments.md`); FLAP with its biases
 and LLM-Pruner's score are re-implemented; Torch-Pruning is its own code, FFN only. FLAP's biases on o_proj and

@@ -49,12 +49,15 @@ OURS: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in CRITERI
     "magnitude-no-refit": {"criterion": "magnitude", "refit": False},
     "wanda-held-out": {"criterion": "wanda", "held_out": 0.125},
     "wanda-joint": {"criterion": "wanda", "joint_refit": 2},
+    "wanda-propagated": {"criterion": "wanda", "error_propagation": 0.3},
+    "wanda-joint-propagated": {"criterion": "wanda", "joint_refit": 2, "error_propagation": 0.3},
 }
 # widths that differ by layer, from an analysis of the same calibration: the criterion of it, what else `prune` is told
 PER_LAYER: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-per-layer": ("wanda", {}),
     "wanda-joint-per-layer": ("wanda", {"joint_refit": 2}),
     "wanda-propagated-per-layer": ("wanda", {"error_propagation": 0.3}),
+    "wanda-joint-propagated-per-layer": ("wanda", {"joint_refit": 2, "error_propagation": 0.3}),
     "obs-per-layer": ("obs", {}),
     "obs-joint-per-layer": ("obs", {"joint_refit": 2}),
     "obs-propagated-per-layer": ("obs", {"error_propagation": 0.3}),
