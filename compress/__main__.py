@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
+import threading
 
-from compress.errors import INTERRUPTED, interrupted
+from compress.errors import INTERRUPTED
 
 
 def main() -> int:
     """Run the command line and return the exit code; 130 for a Ctrl-C while it is still being imported."""
-    try:
-        from compress.cli import main as command_line
-    except BaseException as error:
-        if not interrupted(error):
-            raise
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    caught = threading.current_thread() is threading.main_thread()
+    caught = caught and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if caught:
+        signal.signal(signal.SIGINT, _leave)
+    from compress.cli import main as command_line
+
+    if caught:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return command_line()
+
+
+def _leave(number: int, frame: object) -> None:
+    # an exception would be taken for a package that is missing, or end the process by the signal; nothing is open yet
+    del number, frame
+    os.write(2, b"error: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from compress.report import colours, in_json
 
 PROGRAM = "autoglm-compress"
 GRACE = 2.0  # seconds after a signal in which another one is taken for the same
+AGAIN = 0.02  # seconds after which a signal that met an import is looked at again
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # as the shell sees others end when nobody reads on
 _NO_MEMORY = (  # what messages of torch, of the system and of Python's threads say of it
     "out of memory",
@@ -166,12 +167,16 @@ class _Signals:
     """While a command runs, SIGTERM is told like Ctrl-C: both raise KeyboardInterrupt, and what is finished is kept.
 
     A second signal within GRACE seconds is dropped: people press twice and timeout(1) sends two, and neither may cut
-    the clean-up short that the first one began. Only in the main thread, and only where nobody else handles the signal.
+    the clean-up short that the first one began. One that meets an import waits for its end: cut short, a package looks
+    missing, or crashes when it is imported again. Only in the main thread, and only where nobody else handles the
+    signal.
     """
 
     def __init__(self) -> None:
         self.end = ("interrupted", INTERRUPTED)
         self._raised: float | None = None
+        self._again: threading.Timer | None = None
+        self._over = False
         self._before: list[tuple[int, Any]] = []
 
     def __enter__(self) -> _Signals:
@@ -182,17 +187,34 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over = True
+        if self._again is not None:
+            self._again.cancel()
+            self._again.join()  # it would send its signal to whoever handles it next
         while self._before:
             signal.signal(*self._before.pop())
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        del frame
         now = time.monotonic()
-        if self._raised is not None and now - self._raised < GRACE:
+        if self._over or (self._raised is not None and now - self._raised < GRACE):
+            return
+        if _importing(frame):
+            if self._again is None or not self._again.is_alive():
+                self._again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+                self._again.start()
             return
         self._raised = now
         self.end = ("terminated", TERMINATED) if number == signal.SIGTERM else ("interrupted", INTERRUPTED)
         raise _Stopped
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether `main` is in the middle of an import at `frame`."""
+    while frame is not None and frame.f_code is not main.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass(frozen=True)

@@ -129,12 +129,13 @@ class Reader:
         except OSError as error:
             raise MachineError(f"{where.file}: reading '{spec.name}' failed ({error.strerror})") from None
         value = buffer.view(TORCH_DTYPES[spec.dtype])
-        if value.is_floating_point() and value.element_size() > 1 and not _finite(value):
+        if value.is_floating_point() and value.element_size() > 1 and not finite(value):
             raise UserError(f"{where.file}: tensor '{spec.name}' holds NaN or infinite values")
         return value
 
 
-def _finite(value: torch.Tensor) -> bool:
+def finite(value: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; much faster than `isfinite`, and without a copy as large as `value`."""
     # what is not finite stays so in a sum, the fastest pass there is; a sum may overflow by itself, then bounds tell
     if not value.numel() or bool(torch.isfinite(value.sum())):
         return True

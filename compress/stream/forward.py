@@ -16,7 +16,7 @@ from torch import nn
 
 from compress.arch import Family
 from compress.arch.rope import arranged
-from compress.checkpoint.reader import Reader
+from compress.checkpoint.reader import Reader, finite
 from compress.device import precision_of
 from compress.errors import UserError
 from compress.limits import BATCH_TOKENS, vocab_rows
@@ -51,7 +51,7 @@ def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 def check_numbers(hidden: torch.Tensor, layer: int) -> None:
     """UserError where hidden states that `layer` gave are NaN or infinite."""
-    if not bool(torch.isfinite(hidden).all()):
+    if not finite(hidden):
         raise UserError(f"layer {layer}: its output is NaN or infinite: activations overflow")
 
 

@@ -212,20 +212,22 @@ def test_ctrl_c_that_a_fallback_import_made_an_import_error(
     assert not interrupted(circle)
 
 
-# sends Ctrl-C when the command line's own modules are being imported; with 'hide', as a fallback import would show it
-AT_IMPORT = """
+# sends Ctrl-C from inside the import of a module, as the first that looks for it; a KeyboardInterrupt there is hidden,
+# as fallback imports hide one
+IN_IMPORT = """
 import os, signal, sys
+
+MODULE = sys.argv.pop(1)
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != "compress.commands":
-            return None
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-        except KeyboardInterrupt:
-            if "hide" in sys.argv:
+        if name == MODULE:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                print("went on", flush=True)
+            except KeyboardInterrupt:
                 raise ImportError(name)
-            raise
 
 sys.meta_path.insert(0, Finder())
 from compress.__main__ import main
@@ -233,12 +235,42 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("more", [[], ["hide"]])
-def test_ctrl_c_while_the_command_itself_is_imported(more: list[str]) -> None:
+def in_import(module: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit code and output of a command whose import of `module` meets Ctrl-C."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", AT_IMPORT, *more]
+    line = [sys.executable, "-c", IN_IMPORT, module, *arguments]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_ctrl_c_while_the_command_itself_is_imported() -> None:
+    assert in_import("compress.commands", "recipes") == (130, "", "error: interrupted\n")
+
+
+def test_ctrl_c_inside_an_import_waits_for_its_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model = tiny.llama(tmp_path / "model")
+    options = ["--ratio", "0.2", "--samples", "4", "--length", "64", "--threads", "1", "-q"]
+    module = "transformers.models.llama.modeling_llama"
+    found = in_import(module, "prune", str(model), "-o", str(out), *options)
+    assert found == (130, "went on\n", "error: interrupted\n")
+    assert not out.exists()
+
+
+def test_a_signal_that_waits_for_an_import_is_not_sent_to_whoever_comes_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "told.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def inspect_model(*_: object) -> dict[str, Any]:
+        import_module("told")
+        return {"model": "m"}
+
+    monkeypatch.setattr(INSPECT, "inspect_model", inspect_model)
+    monkeypatch.setattr(cli, "AGAIN", 0.3)
+    assert cli.main(["inspect", "m", "-q"]) == 0
+    time.sleep(0.4)  # SIGTERM would end this process
 
 
 IN_EXEC = """
