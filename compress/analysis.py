@@ -33,7 +33,7 @@ from compress.data.tokens import Tokens
 from compress.device import check_room_on, described, device_of
 from compress.errors import MachineError, UserError, size
 from compress.formats import is_quantized
-from compress.limits import BATCH_TOKENS, DOUBLE_UP_TO, TAPE_BYTES, VOCAB_BYTES
+from compress.limits import DOUBLE_UP_TO, TAPE_BYTES, VOCAB_BYTES
 from compress.machine import Machine, Progress, Silent, peak_memory, reset_peak_memory
 from compress.needs import check_disk
 from compress.output import check_apart, check_out, claimed, publish, work_folder
@@ -42,7 +42,7 @@ from compress.receipt import LIBRARIES, measured_host, own_version
 from compress.resume import Work, data_key, folder_key, key_of, surroundings
 from compress.sensitivity import Sensitivity, load_sensitivity, optional
 from compress.sensitivity.measure import Measured, Settings, measure
-from compress.steps.prune.ahead import sight_memory
+from compress.steps.prune.ahead import batch_memory, sight_memory
 from compress.steps.prune.enough import few_tokens
 from compress.steps.prune.measuring import SensitivityOptions
 from compress.steps.sampling import authors_of
@@ -252,7 +252,7 @@ def _check_room(asked: _Asked, machine: Machine, out: Path) -> None:
     layer = sum(spec.parameters for name, spec in asked.header.tensors.items() if name.startswith(prefix))
     wide = 8 if widest <= DOUBLE_UP_TO else 4
     solver = wide * (4 * widest**2 + 4 * sizes.hidden * widest)
-    batch = 8 * max(BATCH_TOKENS, asked.data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
+    batch = 2 * batch_memory(sizes, asked.header.text_config, asked.data.length)
     taped = 4 * min(tokens, asked.options.gradient_samples * asked.data.length) * sizes.hidden
     backward = taped + min(taped * sizes.layers, TAPE_BYTES) + batch + 8 * layer + 2 * VOCAB_BYTES
     forward = 4 * tokens * sizes.hidden + 4 * sum(n * n for n in inner) + max(solver, batch)

@@ -112,7 +112,8 @@ class Screen(AbstractContextManager["Screen"]):
         for rows in filter(None, tables):
             plain(self._out)
             columns = list(dict.fromkeys(key for row in rows for key in row))
-            self._table(columns, [[_cell(key, row.get(key)) for key in columns] for row in rows])
+            body = [[_cell(key, row.get(key)) for key in columns] for row in rows]
+            self._table([_name(column) for column in columns], body)
 
     def evaluation(
         self, found: Mapping[str, Any], model: str, reference: str | None, failed: CompressError | None = None
@@ -186,9 +187,10 @@ class Screen(AbstractContextManager["Screen"]):
         if Measurement.get(self._out, self._out.options.update(width=10_000), table).maximum <= self._out.width:
             self._out.print(table)
             return
+        wide = max(map(len, columns)) + 2
         for row in rows:
             for column, cell in zip(columns, row, strict=True):
-                plain(self._out, f"{column + ':':<16}{cell}")
+                plain(self._out, f"{column + ':':<{wide}}{cell}")
             plain(self._out)
 
 
@@ -236,6 +238,8 @@ def _name(key: str) -> str:
 def _cell(key: str, value: Any) -> str:
     if key == "N":
         return "any" if value is None else _runs(value)
+    if key == "units_per_layer":
+        return span(value if isinstance(value, list) else [value])
     shown = _STAGE.get(key.removeprefix("reference_"))
     if shown is not None and not isinstance(value, str):
         return shown(value)

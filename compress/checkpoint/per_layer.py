@@ -164,8 +164,10 @@ def check_file(folder: Path, config: Mapping[str, Any]) -> None:
     """UserError where the code of a per-layer folder is not what this version writes: no other is executed."""
     if not is_per_layer(config):
         return
-    stock = stock_name(str((config.get("architectures") or [""])[0]))
-    file = folder / FILE
+    named = str((config.get("architectures") or [""])[0])
+    stock, file = stock_name(named), folder / FILE
+    if named == stock and "auto_map" not in config:
+        raise UserError(f"{folder / 'config.json'}: its {KEY} is not of this program; what differs there is not known")
     if not file.is_file():
         raise UserError(f"{file}: missing, but config.json has {KEY}: nothing would load the folder")
     if config.get("auto_map") != _auto_map(config, stock):

@@ -69,8 +69,9 @@ def heads(found: Sensitivity) -> Figure:
     stroke = withStroke(linewidth=3, foreground="black")
     size = 72 * cell * 0.42
     axes.plot(gone.layer, gone.unit, "x", color="white", markersize=size, markeredgewidth=1.4, path_effects=[stroke])
-    whole = found.layer_count - frame.layer.nunique()
-    of = f"{len(gone)} of {len(frame)} heads went" + (f" in {frame.layer.nunique()} layers" if whole else "")
+    cut = frame.layer.nunique()
+    whole = found.layer_count - cut
+    of = f"{len(gone)} of {len(frame)} heads went" + (f" in {cut} layer{'s' * (cut > 1)}" if whole else "")
     marks = [f"crosses: {of}", *([f"grey: {whole} that kept all"] if whole else []), *marks]
     titled(figure, axes, f"{found.criterion} cost of the query heads, normalised in each layer", marks)
     bar = figure.colorbar(image, ax=axes, format=percent(), pad=0.01, aspect=12)

@@ -142,6 +142,23 @@ def test_what_is_no_number_is_one_line(
     assert not out.exists()
 
 
+def test_a_refit_that_leaves_the_range_of_float16_names_the_matrix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dense matrix fits, and so does what it gives; what is wanted of the columns that stay does not fit."""
+    source, out = tiny.llama(tmp_path / "source", dtype=torch.float16), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    for name, factor in (("gate", 1e-3), ("up", 1e-3), ("down", 2e5)):
+        wide = tensors[FFN.format(name)].float() * factor
+        tensors[FFN.format(name)] = wide.clamp(-65000, 65000).half()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    line = ["prune", str(source), "-o", str(out), "--keep-ffn", "40", "--damping", "1e-6", "--threads", "1", "-q"]
+    assert main([*line, "--samples", "12", "--length", "64"]) == 2
+    said = f"error: tensor '{FFN.format('down')}': what the refit gives it overflows float16 (ends at 65504)\n"
+    assert capsys.readouterr().err.startswith(said)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("fault", "line"),
     [

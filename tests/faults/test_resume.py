@@ -335,6 +335,25 @@ def test_a_torn_or_foreign_state_starts_the_step_over(
         assert finish(recipe, out) == whole
 
 
+def test_a_state_whose_layers_were_taken_away_is_never_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the next run nor, when that has laid out its files and was interrupted as well, by the one after."""
+    line = ["prune", str(tiny.llama(tmp_path / "source")), "--keep-ffn", "40", "--samples", "6", "--length", "64"]
+    line += ["--threads", "1", "--checkpoint-every", "0", "-q", "-o"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert main([*line, str(whole)]) == 0
+    with monkeypatch.context() as patched:
+        interrupt(patched, Ledger, "save", 2)
+        assert main([*line, str(out)]) == 130
+    shutil.rmtree(output.work_of(out) / "1-prune.partial")
+    with monkeypatch.context() as patched:
+        interrupt(patched, Writer, "put", 1)
+        assert main([*line, str(out)]) == 130
+    assert main([*line, str(out)]) == 0
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_a_full_disk_keeps_finished_layers_unless_told_otherwise(
     recipe: Path,
     whole: dict[str, bytes],

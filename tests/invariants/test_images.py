@@ -81,8 +81,9 @@ def test_statistics_are_of_what_the_stock_model_sees(model: Path, chats: Path, t
         {"keep_kv_heads": 1, "keep_ffn": 96, "held_out": 0.4, "token_weights": "norm"},
         {"ffn": 0.3, "token_shares": {"image": 0.2, "prompt": 0.3, "answer": 0.5}},
         {"ffn": 0.3, "criterion": "fisher"},
+        {"keep_ffn": 96, "error_propagation": 0.5, "joint_refit": 1},
     ],
-    ids=["heads", "kv", "shares", "gradients"],
+    ids=["heads", "kv", "shares", "gradients", "propagation"],
 )
 def test_pruning_with_images_ends_and_reloads(
     options: dict[str, Any], model: Path, chats: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_it_begins_at_the_refit_and_lowers_the_error(model: str, tmp_path: Path)
     first_layer = {name for name in changed if name.startswith("mlp.")}
     gate = {"mlp.gate_up_proj.weight"} & set(changed) or {"mlp.gate_proj.weight", "mlp.up_proj.weight"}
     assert first_layer == {*gate, "mlp.down_proj.weight"}
+
+
+def test_the_activation_is_the_stock_layers_own(tmp_path: Path) -> None:
+    """Keys of other families may stand in a config.json: a stock llama reads hidden_act alone."""
+    source, cut = tiny.llama(tmp_path / "source"), {"keep_ffn": 64, "joint_refit": 1}
+    without = errors(prune(source, tmp_path / "a", **cut))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "hidden_activation": "relu"}))
+    assert errors(prune(source, tmp_path / "b", **cut)) == without
 
 
 def test_with_heads_held_out_windows_and_widths_that_differ(tmp_path: Path) -> None:

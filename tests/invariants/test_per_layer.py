@@ -195,6 +195,10 @@ def test_no_code_runs_but_our_own(tmp_path: Path) -> None:
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="auto_map"):
         make_plan(recipe, Machine(1), check_machine=False)
+    del config["auto_map"]  # as of a family of transformers itself whose layers differ
+    (out / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(UserError, match="per_layer_config is not of this program"):
+        make_plan(recipe, Machine(1), check_machine=False)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.arch import family_of
+from compress.checkpoint.headers import read_header
 from compress.criteria import CRITERIA
 from compress.data import DataSpec
 from compress.errors import UserError
@@ -13,6 +15,7 @@ from compress.limits import JOINT_BYTES
 from compress.machine import Machine
 from compress.plan import make_plan
 from compress.recipe import Recipe
+from compress.steps.prune.ahead import batch_memory
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.stream import GRADIENTS, WHOLE
@@ -92,3 +95,14 @@ def test_capped_logits_have_no_gradient_here(criterion: str, tmp_path: Path) -> 
         UserError, match=f"criterion: {criterion} needs the gradient of the loss.*final_logit_softcapping"
     ):
         planned(model, criterion=criterion)
+
+
+@pytest.mark.parametrize(("length", "windows"), [(512, 4), (8192, 1)])
+def test_what_grows_with_the_square_of_the_length_is_counted(length: int, windows: int, tmp_path: Path) -> None:
+    """A mask where layers see a window, all scores where they are capped; nothing where attention is plainly causal."""
+    header = read_header(tiny.gemma3_text(tmp_path / "model"))
+    sizes = family_of(header).sizes(header)
+    causal = batch_memory(sizes, {}, length)
+    pairs = windows * length**2
+    assert batch_memory(sizes, header.text_config, length) - causal == 6 * pairs
+    assert batch_memory(sizes, {"attn_logit_softcapping": 50.0}, length) - causal == 12 * sizes.heads * pairs

@@ -151,7 +151,7 @@ def test_a_table_that_does_not_fit_is_printed_line_by_line(
     Screen().result(FakeResult(tmp_path))  # type: ignore[arg-type]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["stage:", "dense"]
-    assert "parameters:     113,364,288" in lines
+    assert "parameters: 113,364,288" in lines
 
 
 def test_what_a_model_is_called_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

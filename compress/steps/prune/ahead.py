@@ -3,8 +3,9 @@ the backward pass of criteria that need gradients, images through the vision tow
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from compress.arch import Family, Sizes
 from compress.arch.kv import KV_HEADS
@@ -41,14 +42,14 @@ def ahead(
 ) -> Ahead:
     """What `options.layer_criterion`, `options.criterion` and the images of the calibration take first, one after the
     other. `layer`: parameters of the largest layer; `cut`: groups that lose units."""
-    depth = _depth(options, family.sizes(before), layer, context.data["calibration"])
+    depth = _depth(options, family.sizes(before), before.text_config, layer, context.data["calibration"])
     ranks = _criterion(options, before, family, layer, cut, context, complain)
     shown = _images(options, before, family, context.data["calibration"], complain)
     memory = max(depth.memory, ranks.memory, shown.memory)
     return Ahead(memory, ranks.scratch, depth.notes + ranks.notes + shown.notes)
 
 
-def _depth(options: PruneOptions, sizes: Sizes, layer: int, data: DataSpec) -> Ahead:
+def _depth(options: PruneOptions, sizes: Sizes, config: Mapping[str, Any], layer: int, data: DataSpec) -> Ahead:
     """What the choice of layers by loss takes: hidden states of the model and of it without each layer, one layer, one
     batch. By the other criteria, less than the pass that follows."""
     fewer = options.keep_layers is not None and options.keep_layers < sizes.layers
@@ -56,7 +57,7 @@ def _depth(options: PruneOptions, sizes: Sizes, layer: int, data: DataSpec) -> A
         return Ahead()
     windows = min(options.layer_samples, max(1, expected_tokens(data, "calibration") // data.length))
     states = 4 * (sizes.layers + 1) * windows * data.length * sizes.hidden
-    batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
+    batch = batch_memory(sizes, config, data.length)
     logits = 2 * 4 * HEAD_TOKENS * sizes.vocab + 2 * VOCAB_BYTES  # and their softmax
     tokens = f"{windows} x {data.length} tokens (layer_samples)"
     note = f"layer_criterion loss: the model without each of {sizes.layers} layers on {tokens}: as much work as "
@@ -112,7 +113,11 @@ def _criterion(
     tape = 4 * sizes.layers * tokens * sizes.hidden
     inside, outside = (tape, 0) if tape <= TAPE_BYTES else (0, tape)
     weights = (12 if "taylor" in needs else 4) * layer  # as they are; the sum of their gradients, and those of a batch
-    alive = inside + 4 * tokens * sizes.hidden + max(weights + _graph(sizes, data.length), _head(sizes, data.length))
+    alive = (
+        inside
+        + 4 * tokens * sizes.hidden
+        + max(weights + _graph(sizes, before.text_config, data.length), _head(sizes, data.length))
+    )
     where = f"; its layers' inputs lie on the disk meanwhile ({size(outside)})" if outside else ""
     note = f"{options.criterion}: first a backward pass of the dense model, {windows} x {data.length} tokens{where}"
     return Ahead(alive, outside, (note,))
@@ -147,10 +152,28 @@ def _whole(
     return Ahead((8 if slopes else 4) * parameters + window, 0, (note,))
 
 
-def _graph(sizes: Sizes, length: int) -> int:
+def batch_memory(sizes: Sizes, config: Mapping[str, Any], length: int) -> int:
+    """Bytes of one batch in a layer, from the text config: its states, the FFN's inside, and what grows with the square
+    of the length."""
+    return 4 * max(BATCH_TOKENS, length) * (4 * sizes.ffn + 6 * sizes.hidden) + _pairs(sizes, config, length)
+
+
+def _pairs(sizes: Sizes, config: Mapping[str, Any], length: int) -> int:
+    """Bytes of one batch that pairs of tokens take: none where attention runs in one kernel and is causal; a mask where
+    layers see a window, which the kernel makes floats of; all scores, three times over, where it caps them."""
+    each = 0
+    if "sliding_attention" in (config.get("layer_types") or ()) or config.get("sliding_window"):
+        each += 6
+    if config.get("attn_logit_softcapping") is not None:
+        each += 3 * 4 * sizes.heads
+    return each * max(1, BATCH_TOKENS // length) * length**2
+
+
+def _graph(sizes: Sizes, config: Mapping[str, Any], length: int) -> int:
     """Bytes of what one batch leaves behind in a layer, for its backward pass, and of the gradients there."""
     queries = sizes.heads * sizes.head_dim
-    return 4 * max(BATCH_TOKENS, length) * (8 * sizes.ffn + 10 * queries + 16 * sizes.hidden)
+    inside = 4 * max(BATCH_TOKENS, length) * (8 * sizes.ffn + 10 * queries + 16 * sizes.hidden)
+    return inside + _pairs(sizes, config, length)
 
 
 def _head(sizes: Sizes, length: int) -> int:

@@ -11,8 +11,8 @@ import torch
 from compress.arch import Group
 from compress.solve import HeldOut, Shift
 from compress.steps.prune.enough import windows_back
-from compress.steps.prune.gauss_newton import Seen
-from compress.steps.prune.joint import watching
+from compress.steps.prune.gauss_newton import Activation, Seen
+from compress.steps.prune.joint import activation_of, watching
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.propagation import Shifting
 from compress.steps.prune.weights import held_share
@@ -27,12 +27,13 @@ FFN = "ffn"  # the group
 @dataclass(frozen=True)
 class Inputs:
     """By group: `statistics`, what is wanted of what its reader reads; `held`: the Gram matrix of the held-out windows,
-    the last ones. `ffn`: what the FFN reads and gives, where it is refitted jointly; `shift`: what is wanted of it
-    besides, where errors propagate."""
+    the last ones. `ffn`, `act`: what the FFN reads and gives, and its activation, where it is refitted jointly;
+    `shift`: what is wanted of it besides, where errors propagate."""
 
     statistics: dict[str, dict[Statistic, torch.Tensor]] = field(default_factory=dict)
     held: dict[str, HeldOut] = field(default_factory=dict)
     ffn: Seen | None = None
+    act: Activation | None = None
     shift: Shift | None = None
 
 
@@ -56,6 +57,7 @@ def look(
     first, last = fed.part(0, len(fed) - back), fed.part(len(fed) - back, len(fed))
     kept_back = {g.name: Gathered({"gram"}, g.units, g.width, stream.device) for g in groups if back}
     ffn = next((g for g in groups if g.name == FFN), None)
+    act = None
     seen = Seen.room(fed.hidden, fed.weights) if ffn is not None and options.joint_refit else None
     shifting = None
     if ffn is not None and dense is not None:
@@ -65,6 +67,7 @@ def look(
         stack.enter_context(gathering(layer, readers, fed.weights))
         if ffn is not None and seen is not None:
             stack.enter_context(watching(layer, ffn, seen))
+            act = activation_of(layer, ffn)
         if shifting is not None:
             stack.enter_context(shifting.watching(layer, seen))
         stream.advance(layer, first.hidden, keep=False, positions=first.positions)
@@ -74,4 +77,4 @@ def look(
     share = held_share(fed, back)
     held = {name: HeldOut(each.results()["gram"], share) for name, each in kept_back.items()}
     shift = None if shifting is None else shifting.result()
-    return Inputs({name: each.results() for name, each in gathered.items()}, held, seen, shift)
+    return Inputs({name: each.results() for name, each in gathered.items()}, held, seen, act, shift)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -62,12 +61,10 @@ def _places(group: Group, units: int) -> list[tuple[str, slice]]:
     return [(cut.tensor, slice(start, start + units)) for cut, start in zip(cuts, starts, strict=True)]
 
 
-def activation_of(config: Any) -> Activation:
-    """The activation that a stock text config names, between gate and up."""
-    from transformers.activations import ACT2FN
-
-    name = getattr(config, "hidden_activation", None) or config.hidden_act
-    found: Activation = ACT2FN[name]
+def activation_of(layer: nn.Module, group: Group) -> Activation:
+    """The activation between gate and up in a stock layer: its own, whichever key of the config its class reads."""
+    inside = layer.get_submodule(group.reader.rpartition(".")[0])
+    found: Activation = next(getattr(inside, name) for name in ("act_fn", "activation_fn") if hasattr(inside, name))
     return found
 
 

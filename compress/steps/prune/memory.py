@@ -5,8 +5,8 @@ from __future__ import annotations
 from compress.arch import Sizes, family_of
 from compress.checkpoint.headers import Header
 from compress.data import expected_tokens
-from compress.limits import BATCH_TOKENS, DEPTH_POSITIONS, DOUBLE_UP_TO, JOINT_BYTES, VOCAB_BYTES
-from compress.steps.prune.ahead import Ahead
+from compress.limits import DEPTH_POSITIONS, DOUBLE_UP_TO, JOINT_BYTES, VOCAB_BYTES
+from compress.steps.prune.ahead import Ahead, batch_memory
 from compress.steps.prune.options import ALIGNED, PruneOptions
 from compress.steps.prune.tower import TowerLeft
 from compress.steps.types import PlanContext
@@ -32,7 +32,7 @@ def peak(
     gram = 4 * (sizes.ffn**2 + (sizes.heads * sizes.head_dim) ** 2) * (1 if options.held_out is None else 2)
     # of an elimination the inverse and two copies; the weights, and what the others have taken over, twice each
     solver = (3 * widest**2 + 4 * sizes.hidden * widest) * (8 if widest <= DOUBLE_UP_TO else 4)
-    batch = 4 * max(BATCH_TOKENS, data.length) * (4 * sizes.ffn + 6 * sizes.hidden)
+    batch = batch_memory(sizes, before.text_config, data.length)
     vocabulary = 2 * VOCAB_BYTES
     merging = 4 * (sizes.hidden + 1) * (sizes.hidden + 1 + 2 * sizes.heads * sizes.head_dim)
     if options.kv_merge == ALIGNED and (options.keep_kv_heads or options.kv_cache_bytes):

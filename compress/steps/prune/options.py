@@ -40,15 +40,16 @@ def _widths(found: Any) -> Any:
     given = found
     if isinstance(found, str):
         pairs = [[side.strip() for side in each.split("=")] for each in found.split(",")]
-        if not all(len(pair) == 2 and pair[0] and pair[1].isascii() and pair[1].isdigit() for pair in pairs):
+        if not all(len(pair) == 2 for pair in pairs):
             raise wrong
-        given = {name: int(width) for name, width in pairs}
+        given = {name: int(width) if width.isascii() and width.isdigit() else width for name, width in pairs}
         if len(given) < len(pairs):
             raise ValueError(f"found {found!r}, where a pattern stands twice")
-    if not isinstance(given, Mapping) or not all(
-        isinstance(name, str) and type(width) is int and width > 0 for name, width in given.items()
-    ):
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) and name for name in given):
         raise wrong
+    for name, width in given.items():
+        if type(width) is not int or width <= 0:
+            raise ValueError(f"the width of '{name}' is {width!r}, allowed: a whole number above 0")
     return dict(given)
 
 

@@ -26,6 +26,7 @@ from compress.arch import Group
 from compress.arch.layer import norm_behind_ffn
 from compress.solve import Shift
 from compress.steps.prune.gauss_newton import Seen
+from compress.stream.calls import listens
 from compress.stream.fed import Fed
 from compress.stream.forward import Stream, check_numbers
 from compress.stream.statistics import Product
@@ -34,8 +35,8 @@ FLOOR = 1e-2  # of the mean square of a norm's gains, under them: what hardly pa
 
 
 class Dense:
-    """The dense model's hidden states [N, L, hidden], taken through its layers beside the pruned model's; positions:
-    of the tokens (stream/vision.py); done: layers that they have passed."""
+    """The dense decoder's hidden states [N, L, hidden], taken through its layers beside the pruned one's; it is shown
+    the same images. positions: of the tokens (stream/vision.py); done: layers that they have passed."""
 
     def __init__(self, stream: Stream, hidden: torch.Tensor, positions: torch.Tensor | None, done: int) -> None:
         self._stream, self.hidden, self._positions, self._done = stream, hidden, positions, done
@@ -72,8 +73,10 @@ class Shifting:
             held.append((args[0].float(), out.float()))
 
         def after(module: nn.Module, args: Any, out: Any) -> None:
-            del module, args
+            del args
             nonlocal passed
+            if listens(module):
+                return
             found = out if isinstance(out, torch.Tensor) else out[0]
             here = slice(passed, passed + len(found))
             gave = self._dense[here].to(found.device).float()

@@ -1,6 +1,7 @@
 """The prune step: one decoder layer at a time is measured, ranked, cut, refitted, written, and fed onwards.
 
-Statistics come from the layers already pruned (sequential), so each refit sees the inputs its layer will really get.
+Statistics come from behind the layers already pruned (sequential), so each refit sees what its layer will really get;
+but the FFN's come from behind its own layer's whole attention.
 A quantize step that follows can be done in the same pass: layers are then written in its format.
 """
 
@@ -33,16 +34,16 @@ from compress.steps.prune.decoder import layers_of
 from compress.steps.prune.depth import Depth, check_places, find_depth, settled
 from compress.steps.prune.enough import check_held_out
 from compress.steps.prune.gathered import gathered, groups_cut, needs, widest
-from compress.steps.prune.gauss_newton import Seen
+from compress.steps.prune.gauss_newton import Activation, Gated, Seen
 from compress.steps.prune.inputs import FFN, look
-from compress.steps.prune.joint import activation_of, gated, joint_refit, written
+from compress.steps.prune.joint import gated, joint_refit, written
 from compress.steps.prune.kv import Merger
 from compress.steps.prune.measured import receipt as receipt_of
 from compress.steps.prune.options import DROP, PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.prune.propagation import Dense
 from compress.steps.prune.scores import Chosen, Errors
-from compress.steps.prune.surgery import columns, cut, select, view
+from compress.steps.prune.surgery import check_range, columns, cut, select, view
 from compress.steps.prune.vision import CutTower, cut_tower
 from compress.steps.prune.weights import TokenWeights, check_tokens
 from compress.steps.types import Job, Outcome
@@ -201,6 +202,7 @@ class _Pruner:
     ) -> None:
         """Write layer `index` of the result, and pass on through it what goes into the next one."""
         for name, value in tensors.items():
+            check_range(self.job.family.prefix(index) + name, value)
             self.packer.put(self.job.family.prefix(index) + name, value.cpu())
         if hidden is not None and index + 1 < self.plan.layers:
             with self.after.layer_from(index, tensors) as layer:
@@ -216,7 +218,10 @@ class _Pruner:
         """Hidden states [N, L, hidden] of the calibration (None when nothing is gathered) and of the probe, before the
         first layer that is not done: those an earlier run has left, else the embeddings."""
         state = None if self.job.ledger is None else self.job.ledger.load()
-        if state is None or "errors" not in state.facts or not self.writer.kept:
+        if self.job.ledger is None or state is None or "errors" not in state.facts:
+            return self._first(ids, probe_ids)
+        if not self.writer.kept:  # what the state speaks of was taken away; a later run must not believe it either
+            self.job.ledger.forget()
             return self._first(ids, probe_ids)
         facts, tensors = state.facts, state.tensors
         self.gradients = gradients.restored(tensors, self.before.layers)
@@ -296,9 +301,10 @@ class _Pruner:
                 result = refit(seen.reader, hessian, kept_columns, damping_vector(hessian, damping), what, shift)
                 tensors[reader] = result.weight.to(tensors[reader].dtype)
                 error, before = result.error, result.error_before
-                if read.ffn is not None and group.name == FFN:
+                if read.ffn is not None and read.act is not None and group.name == FFN:
+                    ffn = replace(gated(tensors, group, len(keep)), down=result.weight)
                     inner = hessian[keep][:, keep]
-                    tensors, alone, error = self._joint(group, tensors, result.weight, inner, read.ffn, damping, what)
+                    tensors, alone, error = self._joint(group, tensors, ffn, read.act, read.ffn, inner, damping, what)
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
             ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
@@ -314,16 +320,15 @@ class _Pruner:
         self,
         group: Group,
         tensors: dict[str, torch.Tensor],
-        down: torch.Tensor,
-        gram: torch.Tensor,
+        ffn: Gated,
+        act: Activation,
         seen: Seen,
+        gram: torch.Tensor,
         damping: float,
         what: str,
     ) -> tuple[dict[str, torch.Tensor], float, float]:
-        """The layer's cut tensors after the joint refit of its FFN, from the refitted `down` on, and the relative
-        output errors before and after it; gram [k, k]: of what `down` reads."""
-        ffn = replace(gated(tensors, group, len(gram)), down=down)
-        act = activation_of(self.before.text.config)
+        """The layer's cut tensors after the joint refit of its FFN from `ffn` on, and the relative output errors before
+        and after it; gram [k, k]: of what down_proj reads."""
         steps, device = self.options.joint_refit, self.streamed.device
         joint = joint_refit(ffn, act, seen, gram, damping, steps, device, what)
         return written(tensors, group, joint.ffn), joint.error_before, joint.error

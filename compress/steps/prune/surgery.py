@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from compress.arch import Group
+from compress.checkpoint.reader import finite
 from compress.criteria import GroupView, Ranking
+from compress.errors import UserError
 from compress.stream import Statistic
 
 
@@ -43,6 +45,16 @@ def cut(tensors: Mapping[str, torch.Tensor], group: Group, keep: torch.Tensor) -
             stays[columns(keep, c.width, c.offset)] = True
         new[name] = tensors[name].index_select(axis, stays.nonzero().flatten())
     return new
+
+
+def check_range(name: str, value: torch.Tensor) -> None:
+    """UserError where a tensor of the result holds what its dtype has no number for."""
+    if value.is_floating_point() and not finite(value):
+        short = str(value.dtype).removeprefix("torch.")
+        raise UserError(
+            f"tensor '{name}': what the refit gives it overflows {short} (ends at {torch.finfo(value.dtype).max:.6g})",
+            hint="raise --damping, or prune a bfloat16 or float32 copy of the model",
+        )
 
 
 def view(

@@ -31,7 +31,7 @@ from compress.steps.prune.enough import few_tokens, windows_back
 from compress.steps.prune.options import PruneOptions
 from compress.steps.prune.plan import PrunePlan
 from compress.steps.prune.scores import Chosen, Errors
-from compress.steps.prune.surgery import cut, select, view
+from compress.steps.prune.surgery import check_range, cut, select, view
 from compress.steps.prune.tower import SEEN, TowerLeft, wanted
 from compress.steps.prune.vision_depth import METHODS
 from compress.steps.prune.widths import TOWER
@@ -261,6 +261,8 @@ def _narrowed(
             error = cut_error(seen.reader, hessian, keep)
             errors = Errors(error, error, None, None)
     chosen = Chosen(Ranking(ranking.order.cpu(), ranking.cost.cpu()), keep.cpu(), errors)
+    for name, value in made.items():
+        check_range(tower.behind + name, value)
     return chosen, {tower.behind + name: value.cpu().contiguous() for name, value in made.items()}
 
 

@@ -31,7 +31,7 @@ def resolve(options: PruneOptions, decoder: Decoder, complain: Complain) -> tupl
     """The units that stay in every layer, and how a width was chosen; None after a complaint."""
     given = [key for key in (*SHARES, *EXACT, *WHOLE, *TOWER, *TARGETS) if getattr(options, key) is not None]
     if not given and not any(decoder.fixed[at] < own(decoder.layers[at[0]], at[1]) for at in decoder.fixed):
-        complain("", f"nothing to prune: give one of {', '.join((*SHARES, *EXACT, *WHOLE, *TOWER, *TARGETS))}")
+        complain("", f"nothing to prune: give one of {', '.join((*SHARES, *EXACT, *WHOLE, *TOWER, *TARGETS))}, or pin")
         return None
     clash = _clash(given)
     if clash is not None:
@@ -190,7 +190,7 @@ def _rest(ratio: float, decoder: Decoder, heads: Callable[[Layer], int], refuse:
     fewest = decoder.removed(decoder.keeps(heads, lambda layer: multiple))
     if decoder.fixed and ratio * whole > fewest:
         found = math.floor(1e4 * fewest / whole) / 1e4
-        refuse("ratio", f"{ratio} cannot be reached: all that is not fixed makes {found:.4f}")
+        refuse("ratio", f"{ratio} cannot be reached: all that protect and pin leave free makes {found:.4f}")
         return None
     return rest / free if free else 0.0
 
