@@ -125,7 +125,7 @@ def layers(found: Sensitivity) -> Figure:
         name = MODULES.get(group, group)
         below.plot(part.layer, part.loss_without, marker, color=color, markersize=4.5, label=f"without its {name}")
     below.set_yscale("log")
-    below.set_ylabel("predicted rise of the loss\n(nats a token)")
+    below.set_ylabel("predicted rise of the loss\n(nats a token, second order)")
     below.set_xlabel("decoder layer")
     below.grid(True, axis="y", color="0.9", linewidth=0.6)
     below.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=2, frameon=False)
