@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
-from compress.errors import INTERRUPTED
+from compress.errors import INTERRUPTED, leave
 
 
 def main() -> int:
@@ -25,8 +24,7 @@ def main() -> int:
 def _leave(number: int, frame: object) -> None:
     # an exception would be taken for a package that is missing, or end the process by the signal; nothing is open yet
     del number, frame
-    os.write(2, b"error: interrupted\n")
-    os._exit(INTERRUPTED)
+    leave("interrupted", INTERRUPTED)
 
 
 if __name__ == "__main__":

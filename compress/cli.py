@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
@@ -39,6 +39,7 @@ from compress.errors import (
     SelfCheckError,
     did_you_mean,
     interrupted,
+    leave,
 )
 from compress.report import colours, in_json
 
@@ -168,43 +169,53 @@ class _Signals:
 
     A second signal within GRACE seconds is dropped: people press twice and timeout(1) sends two, and neither may cut
     the clean-up short that the first one began. One that meets an import waits for its end: cut short, a package looks
-    missing, or crashes when it is imported again. Only in the main thread, and only where nobody else handles the
-    signal.
+    missing, or crashes when it is imported again; only a second one, later, ends the process at once. Only in the main
+    thread, and only where nobody else handles the signal.
     """
 
     def __init__(self) -> None:
         self.end = ("interrupted", INTERRUPTED)
         self._raised: float | None = None
-        self._again: threading.Timer | None = None
-        self._over = False
         self._before: list[tuple[int, Any]] = []
+        self._met: float | None = None  # when a signal met an import
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-                if signal.getsignal(number) == usual:
-                    self._before.append((number, signal.signal(number, self._stop)))
+            usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+            for number, handler in {signal.SIGALRM: signal.SIG_DFL, **usual}.items():
+                if signal.getsignal(number) == handler:
+                    self._before.append((number, signal.signal(number, self._stop if number in usual else self._again)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
-        if self._again is not None:
-            self._again.cancel()
-            self._again.join()  # it would send its signal to whoever handles it next
+        if signal.getsignal(signal.SIGALRM) == self._again:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         while self._before:
             signal.signal(*self._before.pop())
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._over or (self._raised is not None and now - self._raised < GRACE):
+        if self._raised is not None and now - self._raised < GRACE:
+            return
+        self.end = ("terminated", TERMINATED) if number == signal.SIGTERM else ("interrupted", INTERRUPTED)
+        if signal.getsignal(signal.SIGALRM) != self._again:
+            self._raise()
+        if self._met is not None and now - self._met >= GRACE and _importing(frame):
+            leave(*self.end)  # as one that is killed: what is finished is kept all the same
+        self._met = now if self._met is None else self._met
+        self._again(number, frame)
+
+    def _again(self, number: int, frame: FrameType | None) -> None:
+        del number
+        if self._met is None:
             return
         if _importing(frame):
-            if self._again is None or not self._again.is_alive():
-                self._again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
-                self._again.start()
-            return
-        self._raised = now
-        self.end = ("terminated", TERMINATED) if number == signal.SIGTERM else ("interrupted", INTERRUPTED)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            self._raise()
+
+    def _raise(self) -> NoReturn:
+        self._raised, self._met = time.monotonic(), None
         raise _Stopped
 
 

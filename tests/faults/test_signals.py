@@ -273,6 +273,27 @@ def test_a_signal_that_waits_for_an_import_is_not_sent_to_whoever_comes_next(
     time.sleep(0.4)  # SIGTERM would end this process
 
 
+# the second signal of an import that takes long
+TWICE = """
+import sys
+from importlib import import_module
+
+from compress import cli
+
+cli.GRACE = 0.0
+import_module("compress.inspect").inspect_model = lambda *_: import_module("told")
+sys.exit(cli.main(["inspect", "m", "-q"]))
+"""
+
+
+def test_a_second_signal_does_not_wait_for_an_import(tmp_path: Path) -> None:
+    told = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGTERM)\nprint('on')\n"
+    (tmp_path / "told.py").write_text(told)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    done = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "error: terminated\n")
+
+
 IN_EXEC = """
 import sys
 from importlib import import_module
