@@ -45,7 +45,7 @@ def layers_left(
         complain("keep_layers", f"layers of this {family.name} cannot go: {family.fixed_depth}")
         return None
     if keep < (first := anchored(before.config)):
-        complain("keep_layers", f"{keep} layers cannot stay: images enter the first {first}, which do not go")
+        complain("keep_layers", f"{keep} cannot stay alone: images enter the first {first} layers, which do not go")
         return None
     one = layers[0]
     found = _kv_heads(before, family, replace(one.sizes, layers=keep), len(layers), options, complain)
