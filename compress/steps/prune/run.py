@@ -34,7 +34,6 @@ from compress.steps.prune.decoder import layers_of
 from compress.steps.prune.depth import Depth, check_places, find_depth, settled
 from compress.steps.prune.enough import check_held_out
 from compress.steps.prune.gathered import gathered, groups_cut, needs, widest
-from compress.steps.prune.gauss_newton import Activation, Gated, Seen
 from compress.steps.prune.inputs import FFN, look
 from compress.steps.prune.joint import gated, joint_refit, written
 from compress.steps.prune.kv import Merger
@@ -303,8 +302,9 @@ class _Pruner:
                 error, before = result.error, result.error_before
                 if read.ffn is not None and read.act is not None and group.name == FFN:
                     ffn = replace(gated(tensors, group, len(keep)), down=result.weight)
-                    inner = hessian[keep][:, keep]
-                    tensors, alone, error = self._joint(group, tensors, ffn, read.act, read.ffn, inner, damping, what)
+                    inner, steps = hessian[keep][:, keep], self.options.joint_refit
+                    joint = joint_refit(ffn, read.act, read.ffn, inner, damping, steps, self.streamed.device, what)
+                    tensors, alone, error = written(tensors, group, joint.ffn), joint.error_before, joint.error
             elif hessian is not None:
                 error = before = cut_error(seen.reader, hessian, kept_columns)
             ranked = Ranking(ranking.order.cpu(), ranking.cost.cpu())
@@ -315,23 +315,6 @@ class _Pruner:
             tensors, errors = self.merger.merge((index, place), original, tensors, stay, fed, self.orders[place])
             self.merged |= {} if errors is None else {str(index): errors}
         return {name: arranged(name, value, self.orders[place]) for name, value in tensors.items()}
-
-    def _joint(
-        self,
-        group: Group,
-        tensors: dict[str, torch.Tensor],
-        ffn: Gated,
-        act: Activation,
-        seen: Seen,
-        gram: torch.Tensor,
-        damping: float,
-        what: str,
-    ) -> tuple[dict[str, torch.Tensor], float, float]:
-        """The layer's cut tensors after the joint refit of its FFN from `ffn` on, and the relative output errors before
-        and after it; gram [k, k]: of what down_proj reads."""
-        steps, device = self.options.joint_refit, self.streamed.device
-        joint = joint_refit(ffn, act, seen, gram, damping, steps, device, what)
-        return written(tensors, group, joint.ffn), joint.error_before, joint.error
 
     def _ranking(self, index: int, group: Group, seen: GroupView) -> Ranking:
         """By the criterion, or as a sensitivity folder has it."""
