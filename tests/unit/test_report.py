@@ -154,6 +154,11 @@ def test_a_table_that_does_not_fit_is_printed_line_by_line(
     assert "parameters: 113,364,288" in lines
 
 
+def test_units_of_layers_that_differ_are_a_span(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen().inspection({"model": "m", "groups": [{"group": "ffn", "units_per_layer": [640, 1536, 352]}]})
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["ffn", "352", "to", "1536"]
+
+
 def test_what_a_model_is_called_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     Screen().inspection({"model": "[red]x[/red]", "bytes": 2048, "groups": [{"group": "[b]ffn", "units": 1536}]})
     out = capsys.readouterr().out
